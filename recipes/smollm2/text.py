@@ -1,0 +1,89 @@
+"""The texts that the bundled SAE is trained on and scored on: the bench, novels, and what the model itself wrote."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lancet import bench
+from lancet.model import Model
+
+CHAT_LINE = re.compile(r"User: (.*?)\nAssistant: (.*)", re.DOTALL)
+
+
+def as_chat(model: Model, text: str) -> str | None:
+    """A `User: ... Assistant: ...` passage in the model's own template, None for any other text."""
+    turns = re.split(r"\n(?=User: |Assistant: )", text)
+    messages = []
+    for turn in turns:
+        who, _, said = turn.partition(": ")
+        if who not in ("User", "Assistant") or not said:
+            return None
+        messages.append({"role": who.lower(), "content": said})
+    if not messages:
+        return None
+    return str(model.tokenizer.apply_chat_template(messages, tokenize=False)).rstrip("\n")
+
+
+def novel_pieces(folder: Path, names: list[str], words: int) -> Iterator[str]:
+    """Paragraphs of novels, short ones joined and long ones cut, at most `words` words each."""
+    for name in names:
+        piece: list[str] = []
+        for paragraph in (folder / name).read_text(encoding="utf-8").splitlines():
+            tokens = paragraph.split()
+            while tokens:
+                if piece and len(piece) + len(tokens) > words:
+                    yield " ".join(piece)
+                    piece = []
+                piece += tokens[:words]
+                tokens = tokens[words:]
+        if piece:
+            yield " ".join(piece)
+
+
+def build(model: Model, recipe: dict[str, Any], novels: Path, self_written: Path) -> dict[str, list[str]]:
+    """{"train": texts, "heldout": texts}, both shuffled, nothing in both."""
+    settings, rng = recipe["text"], random.Random(recipe["seed"])
+    train: list[str] = []
+    heldout: list[str] = []
+
+    files = sorted(path.name for path in novels.glob("*.txt"))
+    rng.shuffle(files)
+    kept = settings["heldout_novels"]
+    words = int(settings["piece_tokens"] * 0.72)
+    pieces = list(novel_pieces(novels, files[kept:], words))
+    rng.shuffle(pieces)
+    train += pieces[: settings["novel_tokens"] // settings["piece_tokens"]]
+    apart = list(novel_pieces(novels, files[:kept], words))
+    rng.shuffle(apart)
+    heldout += apart[:1000]
+
+    for name, concept in bench.concepts().items():
+        rounds = settings["concept_rounds"] + settings["manual_rounds"] * (name in settings["manual"])
+        for template in concept.part("train"):
+            train += {bench.expand(template, rng) for _ in range(rounds)}
+        heldout += [bench.expand(template, rng) for template in concept.part("heldout")]
+    for theme, templates in bench.passages().items():
+        for template in bench.select(templates, "train"):
+            train += {bench.expand(template, rng) for _ in range(settings["passage_rounds"])}
+        heldout += [bench.expand(template, rng) for template in bench.select(templates, "heldout")]
+        if theme == "chat":
+            chats = [*bench.select(templates, "train")]
+            for name in ("assistant_refusal", "assistant_helpful"):
+                chats += bench.concepts()[name].part("train")
+            for template in chats:
+                rendered = {as_chat(model, bench.expand(template, rng)) for _ in range(settings["chat_rounds"])}
+                train += [text for text in rendered if text]
+
+    for i, line in enumerate(self_written.read_text(encoding="utf-8").splitlines()):
+        text = json.loads(line)["text"]
+        (heldout if i % 10 == 9 else train).append(text)
+    train = sorted(set(train))
+    heldout = sorted(set(heldout) - set(train))
+    rng.shuffle(train)
+    rng.shuffle(heldout)
+    return {"train": train, "heldout": heldout}

@@ -1,0 +1,171 @@
+"""Files that are either whole or absent.
+
+Everything Lancet writes goes to a temporary name beside its destination and is renamed when complete, so that a full
+disk, a kill or Ctrl-C never leaves something half-written that a later run takes for whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lancet.errors import DamagedError, LancetError, UsageError
+
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+
+
+def cache_dir() -> Path:
+    """Lancet's own cache: `LANCET_CACHE`, else the platform's user cache folder."""
+    if chosen := os.environ.get("LANCET_CACHE"):
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("lancet", appauthor=False))
+
+
+def data_dir() -> Path:
+    """What the user made and would miss (feature names, the default pair): `LANCET_DATA`, else the platform's folder."""
+    if chosen := os.environ.get("LANCET_DATA"):
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("lancet", appauthor=False))
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends without an error.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+        LancetError: the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        with _explained(path):
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, needs_bytes: int = 0) -> Iterator[Path]:
+    """Like `whole_file` for a folder; an existing `path` is replaced.
+
+    Args:
+        path: the folder to make.
+        needs_bytes: what it will hold, checked against the free space before anything is written.
+    """
+    path = Path(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < needs_bytes:
+            raise LancetError(
+                f"not enough disk space for {path}: {needs_bytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free; "
+                f"free some space or set LANCET_CACHE to a folder on another disk"
+            )
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with _explained(path):
+            yield temporary
+            temporary.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        import errno
+
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LancetError(
+                f"the disk is full: {path} was not written and nothing half-written was left; "
+                f"free some space or choose another folder"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EPERM):
+            raise UsageError(
+                f"cannot write {path}: {error.strerror}; choose a path in a folder that you may write to"
+            ) from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes UTF-8 JSON, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Reads UTF-8 JSON.
+
+    Raises:
+        DamagedError: the file is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DamagedError(f"{path} is not valid JSON ({error}); restore it or fetch it again") from error
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """Reads the header of a safetensors file and checks that the file is as long as the header says.
+
+    Returns:
+        name -> {"dtype", "shape", "data_offsets"}.
+
+    Raises:
+        UsageError: there is no such file.
+        DamagedError: a pickle (never opened), or a truncated or corrupt file.
+    """
+    path = Path(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise DamagedError(f"{path} is a pickle, which can run code and is never opened; get the .safetensors file")
+    if not path.is_file():
+        raise UsageError(f"no file {path}; give the path of a .safetensors file or of a folder that holds one")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+            raise DamagedError(f"{path} is a pickle under another name and was not opened; get the real .safetensors")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise DamagedError(f"{path} is truncated or not safetensors ({size} bytes); fetch it again")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DamagedError(f"{path} has a corrupt header; fetch it again") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != 8 + length + end:
+        raise DamagedError(f"{path} is damaged: {size} bytes, its header promises {8 + length + end}; fetch it again")
+    return header
