@@ -1,4 +1,4 @@
-"""Opens a model by name or folder, on the right device and in the right precision.
+"""Opens models and SAEs by name or folder, on the right device and in the right precision.
 
 Names are a table: each entry says how its folder comes to be. Everything else is a folder on disk.
 """
@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lancet import embedded
-from lancet.errors import DamagedError, MissingError, UnknownName, UsageError
-from lancet.files import check_safetensors, read_json
+from lancet.errors import DamagedError, MismatchError, MissingError, UnknownName, UsageError
+from lancet.files import PICKLE_SUFFIXES, check_safetensors, read_json
+from lancet.site import Site
 
 if TYPE_CHECKING:
     import torch
 
     from lancet.model import Model
+    from lancet.sae import Sae
 
 Say = Callable[[str], None]
 
@@ -152,3 +154,105 @@ def _start_tokens(folder: Path, tokenizer: object) -> tuple[int | None, int | No
         return convert(start["plain"]), convert(start["chat"])
     bos: int | None = tokenizer.bos_token_id  # type: ignore[attr-defined]
     return bos, bos
+
+
+# ---- SAEs --------------------------------------------------------------------------------------------------------
+
+
+def assets() -> Path:
+    """The folder of what ships with the package."""
+    return Path(__file__).parent / "assets"
+
+
+def bundled(model: str) -> dict[str, Path]:
+    """Site -> folder of the SAEs that ship for a model, the default one first."""
+    root = assets() / model
+    if not root.is_dir():
+        return {}
+    return {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "cfg.json").is_file()}
+
+
+def open_sae(model: Model, name: str | None = None) -> tuple[Sae, Path | None]:
+    """Opens an SAE for a model: a bundled one by its site (or none named: the default), or a folder in sae-lens' layout.
+
+    Returns:
+        the SAE on the model's device, and the path of its shipped facts where there are any.
+
+    Raises:
+        UnknownName: neither a bundled site nor a folder.
+        MismatchError: its width or site does not fit the model.
+        DamagedError: its weights are damaged or a pickle.
+    """
+    ours = bundled(model.name)
+    if name is None:
+        if not ours:
+            raise UsageError(f"no SAE ships for {model.name}; name one with --sae FOLDER")
+        folder = next(iter(ours.values()))
+    elif Path(name).is_dir():
+        folder = Path(name)
+    else:
+        if Path(name).is_file():  # a file is told what is wrong with it before it is taken for an unknown name
+            check_safetensors(Path(name))
+        folder = _site_folder(name, ours)
+    sae = sae_from_folder(folder).to(model.device)
+    if sae.d_in != model.d_model:
+        raise MismatchError(
+            f"{sae.name} reads vectors of width {sae.d_in}, {model.name} has width {model.d_model}: it belongs to "
+            f"another model; choose an SAE that was trained on {model.name}"
+        )
+    model.check_site(sae.site)
+    shipped = folder / "facts.safetensors"
+    return sae, shipped if shipped.is_file() else None
+
+
+def _site_folder(name: str, ours: dict[str, Path]) -> Path:
+    try:
+        site = str(Site.parse(name))
+    except UsageError:
+        site = name
+    if site not in ours:
+        raise UnknownName("SAE", name, ours, "or give the path of a folder with cfg.json and sae_weights.safetensors")
+    return ours[site]
+
+
+def sae_from_folder(folder: Path) -> Sae:
+    """Reads a folder in sae-lens' layout: cfg.json and sae_weights.safetensors.
+
+    Raises:
+        UsageError: a part is missing, or an architecture that has no exact arithmetic here.
+        DamagedError: the weights are damaged or a pickle.
+    """
+    from safetensors.torch import load_file
+
+    from lancet.sae import Sae
+
+    if not (folder / "cfg.json").is_file():
+        raise UsageError(f"{folder} has no cfg.json; give a folder in sae-lens' layout")
+    config = read_json(folder / "cfg.json")
+    weights = folder / "sae_weights.safetensors"
+    pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES]
+    if not weights.is_file() and pickles:
+        raise DamagedError(f"{folder} holds pickles ({', '.join(pickles)}), which are never opened; get safetensors")
+    check_safetensors(weights)
+    tensors = load_file(weights)
+    metadata = config.get("metadata", {})
+    hook = metadata.get("hook_name") or config.get("hook_name")
+    if hook is None:
+        raise UsageError(f"{folder}/cfg.json does not say at which site the SAE was trained (metadata.hook_name)")
+    if config.get("reshape_activations", "none") != "none":
+        raise UsageError(f"{folder} reshapes its input ({config['reshape_activations']}), which is not supported")
+    centred = (metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights", False)
+    return Sae(
+        name=folder.name,
+        site=Site.parse(hook),
+        architecture=config["architecture"],
+        k=int(config.get("k", 0)),
+        normalize=config.get("normalize_activations", "none"),
+        apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),
+        rescale_by_decoder_norm=config.get("rescale_acts_by_decoder_norm", False),
+        basis="centred" if centred else "plain",
+        **{name: tensors[name] for name in tensors if name in SAE_TENSORS},
+    )
+
+
+SAE_TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "r_mag", "b_mag")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lancet.errors import UsageError
@@ -237,6 +238,40 @@ class Model:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def from_site(self, site: Site) -> Iterator[None]:
+        """Blocks that run before `site` hand their input on unchanged inside the block.
+
+        For passes whose value at the site is replaced anyway: what lies below is not computed again.
+        """
+        below = self.arch.decoder_layers[: site.depth]
+        kept = [block.__dict__.get("forward") for block in below]
+        is_tuple = self._blocks_return_tuples
+
+        def hand_on(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+            return (hidden_states,) if is_tuple else hidden_states
+
+        try:
+            for block in below:
+                block.forward = hand_on
+            yield
+        finally:
+            for block, forward in zip(below, kept, strict=True):
+                if forward is None:
+                    block.__dict__.pop("forward", None)
+                else:
+                    block.forward = forward
+
+    @cached_property
+    def _blocks_return_tuples(self) -> bool:
+        seen: list[bool] = []
+        handle = self.arch.decoder_layers[0].register_forward_hook(lambda _m, _a, out: seen.append(isinstance(out, tuple)))
+        try:
+            self.values(self.batch([[0]]), [Site(0, "resid_post")])
+        finally:
+            handle.remove()
+        return seen[0]
 
     def values(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The values at `sites`, [batch, seq, d_model] each; the forward pass stops after the deepest of them."""

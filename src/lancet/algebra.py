@@ -1,0 +1,190 @@
+"""Directions, and the arithmetic that makes new ones out of features.
+
+An expression (`love - romance`, `0.6 * #12 + 0.4 * #77`, `unit(bridge)`) is a small tree; evaluated, it is a Direction:
+a vector at one site with the recipe that made it. Directions at different sites never mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lancet.errors import UsageError
+from lancet.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A feature by number (`#12`, `blocks.8.hook_resid_pre#77`) or anything by name (`bridge`)."""
+
+    name: str = ""
+    index: int = -1
+    site: Site | None = None
+
+    def __str__(self) -> str:
+        return self.name or f"{self.site or ''}#{self.index}"
+
+
+@dataclass(frozen=True)
+class Number:
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g}"
+
+
+@dataclass(frozen=True)
+class Binary:
+    """`left + right`, `-`, `*` or `/`."""
+
+    operator: str
+    left: Expression
+    right: Expression
+
+    def __str__(self) -> str:
+        def side(part: Expression, right: bool) -> str:
+            loose = isinstance(part, Binary) and (
+                (self.operator in "*/" and part.operator in "+-")
+                or (right and self.operator == "-" and part.operator in "+-")
+                or (right and self.operator == "/")
+            )
+            return f"({part})" if loose else str(part)
+
+        return f"{side(self.left, False)} {self.operator} {side(self.right, True)}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """`unit(a)`: length 1; `without(a, b)`: a with its part along b removed."""
+
+    function: str
+    arguments: tuple[Expression, ...]
+
+    def __str__(self) -> str:
+        return f"{self.function}({', '.join(map(str, self.arguments))})"
+
+
+Expression = Ref | Number | Binary | Call
+FUNCTIONS = {"unit": 1, "without": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A vector at a site.
+
+    Attributes:
+        site: where it lives.
+        vector: [d_model] float32.
+        recipe: the expression that makes it again.
+    """
+
+    site: Site
+    vector: Tensor
+    recipe: str
+
+    @property
+    def norm(self) -> float:
+        """Its length."""
+        return float(self.vector.norm())
+
+    def unit(self) -> Direction:
+        """The same direction with length 1.
+
+        Raises:
+            UsageError: the vector is zero.
+        """
+        if self.norm == 0:
+            raise UsageError(f"{self.recipe} is the zero vector and points nowhere; choose other parts")
+        return Direction(self.site, self.vector / self.norm, f"unit({self.recipe})")
+
+    def without(self, other: Direction) -> Direction:
+        """The same with its part along `other` removed."""
+        self._same_site(other)
+        along = other.unit().vector
+        return Direction(
+            self.site, self.vector - (self.vector @ along) * along, f"without({self.recipe}, {other.recipe})"
+        )
+
+    def cosine(self, other: Direction) -> float:
+        """Cosine of the angle between the two."""
+        self._same_site(other)
+        return float(self.unit().vector @ other.unit().vector)
+
+    def __add__(self, other: Direction) -> Direction:
+        self._same_site(other)
+        return Direction(self.site, self.vector + other.vector, f"({self.recipe} + {other.recipe})")
+
+    def __sub__(self, other: Direction) -> Direction:
+        self._same_site(other)
+        return Direction(self.site, self.vector - other.vector, f"({self.recipe} - {other.recipe})")
+
+    def __mul__(self, by: float) -> Direction:
+        return Direction(self.site, self.vector * by, f"({by:g} * {self.recipe})")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, by: float) -> Direction:
+        if by == 0:
+            raise UsageError(f"{self.recipe} cannot be divided by zero")
+        return Direction(self.site, self.vector / by, f"({self.recipe} / {by:g})")
+
+    def __neg__(self) -> Direction:
+        return self * -1.0
+
+    def _same_site(self, other: Direction) -> None:
+        if self.site != other.site:
+            raise UsageError(
+                f"{self.recipe} lives at {self.site}, {other.recipe} at {other.site}; directions at different sites "
+                f"never mix: take both from one SAE"
+            )
+
+
+def evaluate(expression: Expression, resolve: Callable[[Ref], Direction]) -> Direction:
+    """The Direction of an expression.
+
+    Args:
+        expression: the tree.
+        resolve: gives the Direction of a Ref; raises UnknownName or UsageError.
+
+    Raises:
+        UsageError: numbers and directions are combined in a way that has no meaning, or sites differ.
+    """
+    value = _value(expression, resolve)
+    if isinstance(value, float):
+        raise UsageError(f"{expression} is a number, not a direction; name a feature in it")
+    return Direction(value.site, value.vector, str(expression))
+
+
+def _value(expression: Expression, resolve: Callable[[Ref], Direction]) -> Direction | float:
+    match expression:
+        case Ref():
+            return resolve(expression)
+        case Number(value):
+            return value
+        case Call(function, arguments):
+            directions = [evaluate(argument, resolve) for argument in arguments]
+            return directions[0].unit() if function == "unit" else directions[0].without(directions[1])
+        case Binary(operator, left, right):
+            return _combine(expression, operator, _value(left, resolve), _value(right, resolve))
+
+
+def _combine(whole: Expression, operator: str, a: Direction | float, b: Direction | float) -> Direction | float:
+    if isinstance(a, float) and isinstance(b, float):
+        if operator == "/" and b == 0:
+            raise UsageError(f"division by zero in {whole}")
+        return {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else 0.0}[operator]
+    if isinstance(a, Direction) and isinstance(b, Direction) and operator in "+-":
+        return a + b if operator == "+" else a - b
+    if isinstance(a, Direction) and isinstance(b, float) and operator in "*/":
+        return a * b if operator == "*" else a / b
+    if isinstance(a, float) and isinstance(b, Direction) and operator == "*":
+        return b * a
+    kinds = ["a number" if isinstance(x, float) else "a direction" for x in (a, b)]
+    raise UsageError(
+        f"{whole}: {kinds[0]} {operator} {kinds[1]} has no meaning; add and subtract directions, multiply and divide "
+        f"them by numbers"
+    )

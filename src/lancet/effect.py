@@ -1,0 +1,164 @@
+"""The effect lens: what a feature or direction makes the model say, measured.
+
+It is added at the last position of a few neutral prompts and the mean change of next-token log-probability ranks the
+tokens. This is the TokenChange of arXiv 2501.08319, made cheap: the prompts' prefixes are computed once, and many
+features share a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lancet.model import Model
+    from lancet.site import Site
+
+PROMPTS = (
+    "I think that",
+    "My friend told me that",
+    "Yesterday we saw",
+    "It was a day of",
+    "She wanted to talk about",
+    "The book is about",
+    "He looked at the picture and said:",
+    "There was something about the",
+)
+STRENGTH = 0.35  # of the site's typical norm
+BATCH = 512
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one feature or direction does to the next token.
+
+    Attributes:
+        target: the feature or direction, as written in edits.
+        strength: what was added, in units of the site's typical norm.
+        promotes, suppresses: (token, mean change of log-probability in nats), strongest first.
+    """
+
+    target: str
+    strength: float
+    promotes: tuple[tuple[str, float], ...]
+    suppresses: tuple[tuple[str, float], ...]
+
+    def label(self, count: int = 3) -> str:
+        """The first words that it promotes."""
+        return words([token for token, _ in self.promotes], count)
+
+    def to_json(self) -> dict[str, Any]:
+        """{"target", "strength_rn", "promotes": [[token, nats]], "suppresses": ...}."""
+        return {
+            "target": self.target,
+            "strength_rn": self.strength,
+            "promotes": [[token, round(nats, 3)] for token, nats in self.promotes],
+            "suppresses": [[token, round(nats, 3)] for token, nats in self.suppresses],
+        }
+
+    def to_frame(self) -> Any:
+        """A pandas data frame of token and nats."""
+        import pandas
+
+        return pandas.DataFrame([*self.promotes, *self.suppresses], columns=["token", "nats"])
+
+    def __str__(self) -> str:
+        up = ", ".join(f"{token.strip()!r} +{nats:.1f}" for token, nats in self.promotes[:10])
+        down = ", ".join(f"{token.strip()!r} {nats:.1f}" for token, nats in self.suppresses[:10])
+        return f"{self.target} at {self.strength:g}rn\n  says:   {up}\n  avoids: {down}"
+
+
+def words(tokens: list[str], count: int = 3) -> str:
+    """The first distinct readable words among tokens: `melody, song, chorus`."""
+    seen: dict[str, None] = {}
+    for token in tokens:
+        word = token.strip()
+        if len(word) > 1 and word.isprintable() and "\ufffd" not in word:
+            known = {w.lower() for w in seen}
+            if word.lower() not in known:
+                seen[word] = None
+        if len(seen) == count:
+            break
+    return ", ".join(seen)
+
+
+def changes(model: Model, site: Site, vectors: Tensor, batch: int = BATCH) -> Iterator[Tensor]:
+    """Mean change of next-token log-probability, over PROMPTS, when each vector is added at the last position.
+
+    Args:
+        vectors: [n, d_model], of the length at which they are to be added.
+
+    Yields:
+        [<= batch, vocab] float32, in order.
+    """
+    import torch
+
+    prefixes = [_Prefix(model, site, text) for text in PROMPTS]
+    for first in range(0, len(vectors), batch):
+        part = vectors[first : first + batch].to(model.device)
+        total = None
+        for prefix in prefixes:
+            change = prefix.change(part)
+            total = change if total is None else total.add_(change)
+        assert isinstance(total, torch.Tensor)
+        yield total.div_(len(PROMPTS))
+
+
+class _Prefix:
+    """A prompt whose keys and values up to its last token are computed once."""
+
+    def __init__(self, model: Model, site: Site, text: str) -> None:
+        import torch
+        from transformers import DynamicCache
+
+        self.model, self.site = model, site
+        self.ids = torch.tensor([model.tokenize(text).ids], device=model.device)
+        cache = DynamicCache(config=model.hf.config)
+        with torch.inference_mode():
+            model.hf(input_ids=self.ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.layers = [(layer.keys, layer.values) for layer in cache.layers]
+            # The value that the vectors are added to is the same for all of them: the blocks below run once, here.
+            self.value = model.values(model.batch([self.ids[0].tolist()]), [site])[site][:, -1:].float()
+            self.plain = self._logits(torch.zeros(1, model.d_model, device=model.device)).log_softmax(-1)
+
+    def _logits(self, vectors: Tensor) -> Tensor:
+        import torch
+        from transformers import DynamicCache
+
+        n, length = len(vectors), self.ids.shape[1]
+        cache = DynamicCache(config=self.model.hf.config)
+        for index, (keys, values) in enumerate(self.layers):
+            cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
+        edited = self.value + vectors[:, None]
+
+        def edit(value: Tensor) -> Tensor:
+            return edited.to(value.dtype)
+
+        with torch.inference_mode(), self.model.from_site(self.site), self.model.at(self.site, edit):
+            out = self.model.hf(
+                input_ids=self.ids[:, -1:].expand(n, 1),
+                position_ids=torch.full((n, 1), length - 1, device=self.ids.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return out.logits[:, -1].float()
+
+    def change(self, vectors: Tensor) -> Tensor:
+        """[n, vocab] change of log-probability."""
+        return self._logits(vectors).log_softmax(-1).sub_(self.plain)
+
+
+def top(model: Model, site: Site, vectors: Tensor, count: int = 20) -> tuple[Tensor, Tensor]:
+    """The tokens that each vector promotes most: ids [n, count] and nats [n, count]."""
+    import torch
+
+    ids, values = [], []
+    for change in changes(model, site, vectors):
+        best = change.topk(count, dim=-1)
+        ids.append(best.indices)
+        values.append(best.values)
+    return torch.cat(ids), torch.cat(values)

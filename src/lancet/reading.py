@@ -1,0 +1,248 @@
+"""Reading: which features fire on which token, how strongly, and how much of the vector they explain."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lancet.errors import UsageError
+from lancet.facts import DENSE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lancet.facts import Facts
+    from lancet.model import Model, Tokens
+    from lancet.sae import Features, Sae
+
+
+
+@dataclass(frozen=True)
+class Lit:
+    """A feature that is lit at a token.
+
+    Attributes:
+        feature: its index.
+        value: its activation.
+        share: its share of the reconstruction; over all features of a token they sum to 1.
+        position: the token where it is so.
+        says: what it makes the model say, strongest first ("" where that was not measured).
+    """
+
+    feature: int
+    value: float
+    share: float
+    position: int
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One or several tokens of a reading.
+
+    Attributes:
+        positions: absolute positions (0 is the start token).
+        text: their exact characters.
+        lit: per token how many features are lit, hidden ones included.
+        explained: per token how much of the vector the SAE explains, `1 - |x - x^|^2 / |x - b_dec|^2`.
+    """
+
+    reading: Reading
+    positions: tuple[int, ...]
+    text: str
+    lit: tuple[int, ...]
+    explained: tuple[float, ...]
+
+    def top(self, count: int = 5, dense: bool = False) -> list[Lit]:
+        """The strongest features over these tokens, each at the token where it is strongest."""
+        return self.reading._top(self.positions, count, dense)
+
+    def value(self, feature: int) -> float:
+        """The largest activation of one feature over these tokens."""
+        return float(self.reading.features.of_feature(feature)[list(self.positions)].max())
+
+
+@dataclass
+class Reading:
+    """What one SAE reads in one text. Rows of `features` are absolute positions; the start token's row is empty.
+
+    Attributes:
+        tokens: the text as the model sees it.
+        sae: which SAE.
+        features: every active feature of every token.
+        shares: [nnz] each one's share of the reconstruction.
+        explained: [tokens] `1 - |x - x^|^2 / |x - b_dec|^2`, 0 at the start token.
+        norms: [tokens] length of the vector.
+        facts: maxima, densities, effects.
+        labels: feature -> the tokens that it makes likelier, where measured.
+        notes: precision and device, in words.
+    """
+
+    tokens: Tokens
+    sae: Sae
+    features: Features
+    shares: Tensor
+    explained: Tensor
+    norms: Tensor
+    facts: Facts
+    labels: dict[int, str]
+    notes: list[str]
+    top: int = 5
+    dense: bool = False
+
+    def at(self, text: str, occurrence: int = 0) -> Spot:
+        """The tokens that hold `text`, however the tokenizer cut it.
+
+        Raises:
+            UsageError: the text does not occur (so often); nearest words are named.
+        """
+        if not text:
+            raise UsageError("nothing to look for: the text after --at is empty")
+        begin = -1
+        for _ in range(occurrence + 1):
+            begin = self.tokens.text.find(text, begin + 1)
+            if begin < 0:
+                near = difflib.get_close_matches(text, self.tokens.text.split(), n=3, cutoff=0.5)
+                hint = f"; nearest: {', '.join(near)}" if near else ""
+                times = f" {occurrence + 1} times" if occurrence else ""
+                raise UsageError(f"{text!r} does not occur{times} in the text {_short(self.tokens.text)!r}{hint}")
+        end = begin + len(text)
+        held = [i for i, (a, b) in enumerate(self.tokens.spans) if a < end and b > begin and b > a]
+        return self.spot(held)
+
+    def spot(self, positions: Sequence[int]) -> Spot:
+        """The tokens at absolute positions.
+
+        Raises:
+            UsageError: out of range.
+        """
+        for position in positions:
+            if not 0 <= position < len(self.tokens):
+                raise UsageError(f"no token {position}; the text has 0 (start) to {len(self.tokens) - 1}")
+        spans = [self.tokens.spans[p] for p in positions]
+        l0 = self.features.l0()
+        return Spot(
+            reading=self,
+            positions=tuple(positions),
+            text=self.tokens.text[min(a for a, _ in spans) : max(b for _, b in spans)],
+            lit=tuple(int(l0[p]) for p in positions),
+            explained=tuple(float(self.explained[p]) for p in positions),
+        )
+
+    def __iter__(self) -> Any:
+        return (self.spot([p]) for p in self.read_positions())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read_positions(self) -> list[int]:
+        """All positions but the start token's."""
+        return [p for p, role in enumerate(self.tokens.roles) if role != "start"]
+
+    def is_dense(self, feature: int) -> bool:
+        """Whether the feature fires on more than a tenth of all tokens, which says little about any one of them."""
+        return float(self.facts.density[feature]) > DENSE
+
+    def hidden(self) -> int:
+        """How many features of this text are left out of lists because they fire on more than a tenth of all tokens."""
+        return sum(self.is_dense(f) for f in self.features.feature.unique().tolist())
+
+    def _top(self, positions: Sequence[int], count: int, dense: bool) -> list[Lit]:
+        best: dict[int, Lit] = {}
+        for position in positions:
+            inside = (self.features.token == position).nonzero()[:, 0]
+            for i in inside.tolist():
+                feature, value = int(self.features.feature[i]), float(self.features.value[i])
+                if (dense or not self.is_dense(feature)) and (feature not in best or value > best[feature].value):
+                    label = self.labels.get(feature, "")
+                    best[feature] = Lit(feature, value, float(self.shares[i]), position, label)
+        return sorted(best.values(), key=lambda lit: -lit.value)[:count]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"text", "sae", "site", "precision", "hidden_dense", "tokens": [{"position", "text", "lit", "explained",
+        "norm", "top": [{"feature", "value", "share", "says"}]}]}."""
+        return {
+            "text": self.tokens.text,
+            "sae": self.sae.name,
+            "site": str(self.sae.site),
+            "precision": "; ".join(self.notes),
+            "hidden_dense": 0 if self.dense else self.hidden(),
+            "tokens": [
+                {
+                    "position": spot.positions[0],
+                    "text": spot.text,
+                    "lit": spot.lit[0],
+                    "explained": round(spot.explained[0], 4),
+                    "norm": round(float(self.norms[spot.positions[0]]), 3),
+                    "top": [
+                        {"feature": x.feature, "value": round(x.value, 4), "share": round(x.share, 4), "says": x.says}
+                        for x in spot.top(self.top, self.dense)
+                    ],
+                }
+                for spot in self
+            ],
+        }
+
+    def to_frame(self) -> Any:
+        """A pandas data frame, one row for each token and listed feature."""
+        import pandas
+
+        rows = [
+            {"position": t["position"], "token": t["text"], "lit": t["lit"], "explained": t["explained"], **lit}
+            for t in self.to_json()["tokens"]
+            for lit in t["top"]
+        ]
+        return pandas.DataFrame(rows)
+
+    def plot(self, path: str | Path, at: str | None = None) -> Path:
+        """Draws the score (features by tokens) or, with `at`, the spectrum of those tokens."""
+        from lancet import figures
+
+        return figures.spectrum(self.at(at), Path(path)) if at else figures.score(self, Path(path))
+
+    def __str__(self) -> str:
+        lines = [f"{self.sae.name} reads {len(self.read_positions())} tokens at {self.sae.site}"]
+        for spot in self:
+            told = "  ".join(f"#{x.feature} {x.value:.1f}" for x in spot.top(self.top, self.dense))
+            lines.append(f"{spot.text!r:>16}  lit {spot.lit[0]:3}  explained {spot.explained[0]:4.0%}  {told}")
+        return "\n".join(lines)
+
+
+def read(model: Model, sae: Sae, facts: Facts, tokens: Tokens, labels: dict[int, str] | None = None) -> Reading:
+    """Reads one text with one SAE: one forward pass that stops at the site, one encode.
+
+    Args:
+        labels: feature -> what it makes the model say; looked up for the active features alone.
+    """
+    import torch
+
+    batch = model.batch([tokens])
+    x = model.values(batch, [sae.site])[sae.site][0]
+    keep = batch.content[0]
+    features = sae.features(x[keep])
+    where = keep.nonzero()[:, 0]
+    inside = x[keep].float()
+    rebuilt = sae.decode_features(features, inside)
+    own = sae.in_basis(inside)
+    origin = sae.b_dec if not sae.normalises_tokens else own.mean(-1, keepdim=True)
+    explained = torch.zeros(len(tokens), device=x.device)
+    explained[keep] = 1 - (own - rebuilt).pow(2).sum(-1) / (own - origin).pow(2).sum(-1).clamp_min(1e-30)
+    placed = type(features)(where[features.token], features.feature, features.value, (len(tokens), sae.d_sae))
+    return Reading(
+        tokens=tokens,
+        sae=sae,
+        features=placed,
+        shares=sae.shares(inside, features),
+        explained=explained,
+        norms=x.float().norm(dim=-1) * keep,
+        facts=facts,
+        labels=labels or {},
+        notes=list(model.notes),
+    )
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

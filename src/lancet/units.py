@@ -1,0 +1,88 @@
+"""Amounts: a number and what it is counted in.
+
+    80       raw activation
+    2x       times the feature's maximum over a corpus
+    0.5rn    times the site's typical residual norm: the length of what is added
+
+`x` and `rn` are what makes a strength carry over from one feature, SAE or model to another.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lancet.errors import UsageError
+
+Unit = Literal["raw", "x", "rn"]
+
+_AMOUNT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(x|rn)?")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A finite number in a unit.
+
+    Raises:
+        UsageError: NaN or infinite.
+    """
+
+    value: float
+    unit: Unit = "raw"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise UsageError(
+                f"an amount must be a finite number, got {self.value}; to switch a feature off write `= 0`, to push it "
+                f"below zero a finite negative number such as `= -10`"
+            )
+
+    @classmethod
+    def parse(cls, text: str | float | Amount) -> Amount:
+        """Reads `80`, `2x`, `0.5rn` or a plain number.
+
+        Raises:
+            UsageError: anything else, infinities and NaN among them.
+        """
+        if isinstance(text, Amount):
+            return text
+        if isinstance(text, (int, float)):
+            return cls(float(text))
+        match = _AMOUNT.fullmatch(text.strip())
+        if match is None:
+            if text.strip().lower().lstrip("+-") in ("inf", "infinity", "nan"):
+                return cls(float(text))
+            raise UsageError(f"{text!r} is not an amount; write a number, 2x (times its maximum) or 0.5rn (of the norm)")
+        unit: Unit = "raw" if match[2] is None else "x" if match[2] == "x" else "rn"
+        return cls(float(match[1]), unit)
+
+    def raw(self, maximum: float | None, norm: float | None, length: float) -> float:
+        """The same as a raw activation.
+
+        Args:
+            maximum: the feature's maximum activation, None where it is not known.
+            norm: the site's typical residual norm, None where it is not known.
+            length: the L2 norm of what one unit of activation adds.
+
+        Raises:
+            UsageError: the unit needs a fact that is not known.
+        """
+        if self.unit == "x":
+            if not maximum:
+                raise UsageError(
+                    f"{self} needs the target's maximum activation, which is not known (it never fired on the text "
+                    f"that was measured, or the target is not a single feature); give a raw amount or one in rn"
+                )
+            return self.value * maximum
+        if self.unit == "rn":
+            if not norm:
+                raise UsageError(f"{self} needs the site's typical norm, which is not known; give a raw amount")
+            if length <= 0:
+                raise UsageError(f"{self} cannot be given to a target of length 0; choose another target")
+            return self.value * norm / length
+        return self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" + ("" if self.unit == "raw" else self.unit)
