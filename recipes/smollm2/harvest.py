@@ -71,5 +71,3 @@ def harvest(model: Model, texts: list[str], site: Site, longest: int, out: Path,
         done += len(values)
         print(f"shard {number}: {done / (time.monotonic() - begun):.0f} tokens/s", flush=True)
     return paths
-
-

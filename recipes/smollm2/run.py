@@ -1,6 +1,6 @@
 """Trains the bundled SAE of smollm2, step by step; every step resumes after a kill.
 
-    python recipes/smollm2/run.py --work DIR --novels DIR --self-written FILE [--only harvest]
+python recipes/smollm2/run.py --work DIR --novels DIR --self-written FILE [--only harvest]
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sparse_step import SparseBatchTopK, SparseMatryoshka
 from torch import Tensor, nn
 
@@ -128,7 +128,9 @@ class Trainer(SAETrainer[Any, Any]):
             self.lr_scheduler.step()
 
 
-def train(settings: dict[str, Any], paths: list[Path], d_in: int, folder: Path, seed: int, facts: dict[str, Any]) -> None:
+def train(
+    settings: dict[str, Any], paths: list[Path], d_in: int, folder: Path, seed: int, facts: dict[str, Any]
+) -> None:
     """Trains by `settings` ([sae] of the recipe) and leaves a sae-lens folder (JumpReLU) in `folder/sae`."""
     if (folder / "sae" / "cfg.json").exists():
         return
@@ -159,6 +161,7 @@ def train(settings: dict[str, Any], paths: list[Path], d_in: int, folder: Path, 
             total_training_samples=total,
             train_batch_size_samples=settings["batch"],
             lr=settings["lr"],
+            lr_end=settings["lr"],
             lr_warm_up_steps=int(steps * settings["warm_up"]),
             lr_decay_steps=int(steps * settings["decay"]),
             dead_feature_window=settings["dead_window"],
@@ -184,5 +187,3 @@ def train(settings: dict[str, Any], paths: list[Path], d_in: int, folder: Path, 
         folder / "training.json",
         {"tokens": total, "steps": steps, "minutes": (time.monotonic() - begun) / 60, "settings": settings},
     )
-
-

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lancet.lab import Continuation as Continuation
     from lancet.lab import Feature as Feature
     from lancet.lab import Lab as Lab
-    from lancet.lab import open_lab as open
+    from lancet.lab import open_lab as open  # noqa: F401
     from lancet.model import Model as Model
     from lancet.reading import Reading as Reading
     from lancet.sae import Features as Features
@@ -47,7 +47,7 @@ _HOMES = {
 }
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,8 @@ class Ref:
 
 @dataclass(frozen=True)
 class Number:
+    """A plain number."""
+
     value: float
 
     def __str__(self) -> str:
@@ -154,7 +156,7 @@ def evaluate(expression: Expression, resolve: Callable[[Ref], Direction]) -> Dir
         UsageError: numbers and directions are combined in a way that has no meaning, or sites differ.
     """
     value = _value(expression, resolve)
-    if isinstance(value, float):
+    if not isinstance(value, Direction):
         raise UsageError(f"{expression} is a number, not a direction; name a feature in it")
     return Direction(value.site, value.vector, str(expression))
 

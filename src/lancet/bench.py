@@ -18,8 +18,9 @@ from typing import Literal
 Part = Literal["train", "heldout", "all"]
 HELD_OUT_EVERY = 10
 
-_CHOICE = re.compile(r"(?<!\[)\[([^\[\]]*\|[^\[\]]*)\](?!\])")
-_SLOT = re.compile(r"(?<!\{)\{(name2|name|city|day|month|number|color|food)\}(?!\})")
+# Doubled brackets are taken first, from the left, so that `[[[1|2], 3]]` is a list that begins with a choice.
+_CHOICE = re.compile(r"\[\[|\]\]|\[([^\[\]]*\|[^\[\]]*)\]")
+_SLOT = re.compile(r"\{\{|\}\}|\{(name2|name|city|day|month|number|color|food)\}")
 _DOUBLED = {"[[": "[", "]]": "]", "{{": "{", "}}": "}"}
 
 
@@ -69,11 +70,13 @@ def passages() -> dict[str, tuple[str, ...]]:
 
 def expand(template: str, rng: random.Random) -> str:
     """One text out of a template: choices first, then slots (one value each throughout), then the escapes."""
-    text = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
+    text = _CHOICE.sub(lambda match: match[0] if match[1] is None else rng.choice(match[1].split("|")), template)
     values: dict[str, str] = {}
 
     def fill(match: re.Match[str]) -> str:
         slot = match[1]
+        if slot is None:
+            return match[0]
         if slot not in values:
             pool = _slots()["name" if slot == "name2" else slot]
             other = values.get("name" if slot == "name2" else "name2" if slot == "name" else "")

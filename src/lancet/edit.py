@@ -68,7 +68,12 @@ class Span:
                 if part == "assistant":
                     out[n:] = True
             else:
-                begin, end = {"all": (first, length), "prompt": (first, n), "generated": (n - 1, length), "last": (n - 1, n)}[part]
+                begin, end = {
+                    "all": (first, length),
+                    "prompt": (first, n),
+                    "generated": (n - 1, length),
+                    "last": (n - 1, n),
+                }[part]
                 out[max(begin, first) : end] = True
         return out
 
@@ -274,7 +279,7 @@ class BatchEdits:
         self._covered: list[tuple[int, Tensor, Tensor]] = []
 
     def place(self, first: Sequence[int], columns: int) -> None:
-        """Says that column 0 of the coming forward pass is absolute position `first[i]` of row i (negative: padding)."""
+        """Says that column 0 of the coming pass is absolute position `first[i]` of row i (negative: padding)."""
         import torch
 
         self._covered = []

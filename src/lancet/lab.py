@@ -1,8 +1,8 @@
 """The Lab: a model with its SAEs, and the verbs of the product.
 
-    lab = lancet.open("smollm2")
-    lab.read("The Golden Gate Bridge is located in San Francisco.").at("Bridge").top(5)
-    lab.generate("I went to the grocery store to buy", "#123 += 0.5rn")
+lab = lancet.open("smollm2")
+lab.read("The Golden Gate Bridge is located in San Francisco.").at("Bridge").top(5)
+lab.generate("I went to the grocery store to buy", "#123 += 0.5rn")
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lancet import facts as facts_module
-from lancet.algebra import Direction, Expression, Number, Ref, Binary, evaluate
+from lancet.algebra import Binary, Direction, Expression, Number, Ref, evaluate
 from lancet.edit import Edit, RowChange, Step
 from lancet.errors import UnknownName, UsageError
 from lancet.generate import Sampling, rows
 from lancet.site import Site
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from lancet.effect import Effect
@@ -191,7 +190,7 @@ class Lab:
         known = self.facts(sae)
         if known.effect_ids is None or known.effect_values is None or float(known.effect_values[index][0]) <= 0:
             return ""
-        return words([self.model.tokenizer.decode([i]) for i in known.effect_ids[index].tolist()], count)
+        return words([self.model.decode([i]) for i in known.effect_ids[index].tolist()], count)
 
     def name(self, name: str, target: int | str | Direction) -> None:
         """Gives a feature, an expression or a Direction a name that edits may use.
@@ -315,13 +314,15 @@ class Lab:
         if isinstance(targets, (int, str, Direction)):
             targets = [targets]
         directions = [self.direction(f"#{t}" if isinstance(t, int) else t) for t in targets]
-        decode = self.model.tokenizer.decode
+        decode = self.model.decode
         found: dict[int, Effect] = {}
         for site in dict.fromkeys(direction.site for direction in directions):
             chosen = [i for i, direction in enumerate(directions) if direction.site == site]
             length = strength * self.facts(self.sae(site)).norm
             vectors = torch.stack([directions[i].unit().vector * length for i in chosen])
-            for change, i in zip((row for part in lens.changes(self.model, site, vectors) for row in part), chosen):
+            for change, i in zip(
+                (row for part in lens.changes(self.model, site, vectors) for row in part), chosen, strict=True
+            ):
                 best, worst = change.topk(count), change.topk(count, largest=False)
                 up, down = (
                     tuple((decode([t]), v) for t, v in zip(side.indices.tolist(), side.values.tolist(), strict=True))
@@ -402,11 +403,11 @@ class Lab:
             if token is None:
                 break
             ids.append(token)
-            text = self.model.tokenizer.decode(ids)
+            text = self.model.decode(ids)
             if not text.endswith("\ufffd"):  # the rest of a character is still to come
                 yield text[len(told) :]
                 told = text
-        if len(text := self.model.tokenizer.decode(ids)) > len(told):
+        if len(text := self.model.decode(ids)) > len(told):
             yield text[len(told) :]
 
     def generate(
@@ -479,7 +480,7 @@ class Lab:
                         name=name,
                         prompt=ready,
                         ids=tuple(row),
-                        text=self.model.tokenizer.decode(row),
+                        text=self.model.decode(row),
                         edits=tuple(str(edit) for edit in listed),
                         sampling=replace(sampling, seed=seed),
                         ended=end,
@@ -528,5 +529,3 @@ def open_lab(
     names: Sequence[str | None] = [sae] if sae is None or isinstance(sae, str) else list(sae)
     pairs = [open_sae(opened, name) for name in names]
     return Lab(opened, [pair[0] for pair in pairs], {pair[0].name: pair[1] for pair in pairs})
-
-

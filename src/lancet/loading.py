@@ -173,7 +173,7 @@ def bundled(model: str) -> dict[str, Path]:
 
 
 def open_sae(model: Model, name: str | None = None) -> tuple[Sae, Path | None]:
-    """Opens an SAE for a model: a bundled one by its site (or none named: the default), or a folder in sae-lens' layout.
+    """Opens an SAE for a model: a bundled one by its site (none named: the default), or a folder in sae-lens' layout.
 
     Returns:
         the SAE on the model's device, and the path of its shipped facts where there are any.

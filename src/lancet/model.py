@@ -7,7 +7,7 @@ was trained to see there; a batch is padded, never packed, so that no text atten
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -45,8 +45,13 @@ class Tokens:
         return len(self.ids)
 
     def piece(self, position: int) -> str:
-        """The exact characters of one token ("" for the start token)."""
+        """The characters of one token ("" for the start token); the pieces of a text joined are the text.
+
+        A character that is cut into several tokens belongs to the first of them; `spans` has it at each.
+        """
         begin, end = self.spans[position]
+        if position:
+            begin = max(begin, self.spans[position - 1][1])
         return self.text[begin:end]
 
 
@@ -73,7 +78,7 @@ class Batch:
         return self.mask & (columns[None] != self.start[:, None])
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A transformers model, its tokenizer, and what must be known to feed it right.
 
@@ -97,6 +102,9 @@ class Model:
 
         self.hf.eval()
         self.arch = resolve_arch(self.hf, self.hf.config)
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.n_layers} layers, width {self.d_model}, {self.dtype}, {self.device})"
 
     # ---- facts -------------------------------------------------------------------------------------------------
 
@@ -150,23 +158,46 @@ class Model:
             answer: end with the template's opening of the assistant's turn.
 
         Raises:
-            UsageError: the model has no chat template, or a message is empty.
+            UsageError: the model has no chat template, it refuses or rewrites a message, or a message is empty.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(f"{self.name} has no chat template; leave out --chat and give plain text")
         if not messages or not all(message.get("content") for message in messages):
             raise UsageError("the chat has an empty message; give each turn at least one character")
-        text = str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
-        turns, cursor = [], 0
-        for message in messages:
-            begin = text.index(message["content"], cursor)
-            cursor = begin + len(message["content"])
-            turns.append((begin, cursor, message["role"]))
+        text = self._render(messages, answer)
+        turns = self._turns(messages, text, answer)
 
         def role(begin: int) -> str:
             return next((name for first, end, name in turns if first <= begin < end), "marker")
 
         return self._tokens(text, self.start_chat, role)
+
+    def _render(self, messages: Sequence[dict[str, str]], answer: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
+        except TemplateError as error:  # some templates know no system role, or want the turns to alternate
+            raise UsageError(f"{self.name}'s chat template refuses this chat: {error}") from error
+
+    def _turns(self, messages: Sequence[dict[str, str]], text: str, answer: bool) -> list[tuple[int, int, str]]:
+        """(begin, end, role) of each message's own characters in `text`.
+
+        Read off the template filled with placeholders: a short message may well occur in the template's own words too.
+        """
+        places = [f"\ue000{i}\ue001" for i in range(len(messages))]
+        frame = self._render([{**m, "content": place} for m, place in zip(messages, places, strict=True)], answer)
+        turns, read, end = [], 0, 0
+        for message, place in zip(messages, places, strict=True):
+            said, at = message["content"], frame.find(place, read)
+            begin = end + at - read
+            # Some templates trim what they are given.
+            content = next((c for c in (said, said.strip()) if text.startswith(c, begin)), None)
+            if at < 0 or content is None:
+                raise UsageError(f"{self.name}'s chat template rewrites {said[:40]!r}; give the chat as plain text")
+            read, end = at + len(place), begin + len(content)
+            turns.append((begin, end, message["role"]))
+        return turns
 
     def _tokens(self, text: str, start: int | None, role: Callable[[int], str]) -> Tokens:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -200,6 +231,10 @@ class Model:
             # Without a start token no position is one: -1 equals no column.
             start[i] = first if self.start_plain is not None or self.start_chat is not None else -1
         return Batch(ids.to(self.device), mask.to(self.device), start.to(self.device))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return str(self.tokenizer.decode(list(ids)))
 
     # ---- tokens to values --------------------------------------------------------------------------------------
 
@@ -266,7 +301,9 @@ class Model:
     @cached_property
     def _blocks_return_tuples(self) -> bool:
         seen: list[bool] = []
-        handle = self.arch.decoder_layers[0].register_forward_hook(lambda _m, _a, out: seen.append(isinstance(out, tuple)))
+        handle = self.arch.decoder_layers[0].register_forward_hook(
+            lambda _m, _a, out: seen.append(isinstance(out, tuple))
+        )
         try:
             self.values(self.batch([[0]]), [Site(0, "resid_post")])
         finally:
@@ -275,12 +312,13 @@ class Model:
 
     def values(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The values at `sites`, [batch, seq, d_model] each; the forward pass stops after the deepest of them."""
-        from contextlib import ExitStack
-
         import torch
 
         found: dict[Site, Tensor] = {}
         deepest = max(sites, key=lambda site: site.depth)
+        positions = {}
+        if not batch.mask[:, 0].all():  # padded on the left, where transformers would count the padding
+            positions["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp_min(0)
 
         def keep(site: Site) -> SiteFunction:
             def function(value: Tensor) -> None:
@@ -294,12 +332,10 @@ class Model:
             # Hooks on one module run in the order of registration, so the deepest site is always the last one seen.
             for site in sorted(set(sites), key=lambda s: (s.depth, s.kind == "resid_pre", s != deepest)):
                 stack.enter_context(self.at(site, keep(site)))
-            try:
-                self.hf(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
-            except _Enough:
-                pass
+            with suppress(_Enough):
+                self.hf(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **positions)
         return found
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818 - no error
     """Ends a forward pass once everything asked for was seen."""

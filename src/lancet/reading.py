@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lancet.facts import Facts
     from lancet.model import Model, Tokens
     from lancet.sae import Features, Sae
-
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Spot:
         explained: per token how much of the vector the SAE explains, `1 - |x - x^|^2 / |x - b_dec|^2`.
     """
 
-    reading: Reading
+    reading: Reading = field(repr=False)
     positions: tuple[int, ...]
     text: str
     lit: tuple[int, ...]
@@ -65,7 +64,7 @@ class Spot:
         return float(self.reading.features.of_feature(feature)[list(self.positions)].max())
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Reading:
     """What one SAE reads in one text. Rows of `features` are absolute positions; the start token's row is empty.
 
@@ -92,6 +91,9 @@ class Reading:
     notes: list[str]
     top: int = 5
     dense: bool = False
+
+    def __repr__(self) -> str:
+        return f"Reading({self.sae.name!r}, {_short(self.tokens.text)!r}, {len(self.features.value)} active)"
 
     def at(self, text: str, occurrence: int = 0) -> Spot:
         """The tokens that hold `text`, however the tokenizer cut it.

@@ -50,6 +50,9 @@ class Features:
     value: Tensor
     shape: tuple[int, int]
 
+    def __repr__(self) -> str:
+        return f"Features({self.shape[0]} tokens, {len(self.value)} active of {self.shape[1]} features)"
+
     def of_token(self, token: int) -> tuple[Tensor, Tensor]:
         """(features, values) of one token, strongest first."""
         begin, end = torch.searchsorted(self.token, torch.tensor([token, token + 1], device=self.token.device)).tolist()
@@ -84,7 +87,7 @@ class Features:
         return csr_matrix(entry, shape=self.shape)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Sae:
     """Weights and arithmetic of one SAE.
 
@@ -126,13 +129,9 @@ class Sae:
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
-            raise UsageError(
-                f"{self.name} is a {self.architecture!r} SAE; supported: {', '.join(ARCHITECTURES)}"
-            )
+            raise UsageError(f"{self.name} is a {self.architecture!r} SAE; supported: {', '.join(ARCHITECTURES)}")
         if self.normalize not in NORMALISATIONS:
-            raise UsageError(
-                f"{self.name} normalises by {self.normalize!r}; supported: {', '.join(NORMALISATIONS)}"
-            )
+            raise UsageError(f"{self.name} normalises by {self.normalize!r}; supported: {', '.join(NORMALISATIONS)}")
         needed = {
             "standard": ["b_enc"],
             "jumprelu": ["b_enc", "threshold"],
@@ -145,11 +144,16 @@ class Sae:
             wanted = shapes.get(name, (self.d_sae,))
             if tensor is None or tuple(tensor.shape) != wanted:
                 got = "nothing" if tensor is None else tuple(tensor.shape)
-                raise MismatchError(f"{self.name}: {name} must have shape {wanted}, got {got}; the file is not this SAE's")
+                raise MismatchError(
+                    f"{self.name}: {name} must have shape {wanted}, got {got}; the file is not this SAE's"
+                )
             setattr(self, name, tensor.float())
         if self.architecture == "topk" and not 0 < self.k <= self.d_sae:
             raise MismatchError(f"{self.name}: k must be between 1 and {self.d_sae}, got {self.k}")
         self.decoder_norm = self.W_dec.norm(dim=1)
+
+    def __repr__(self) -> str:
+        return f"Sae({self.name!r}, {self.site}, {self.architecture}, {self.d_in} -> {self.d_sae})"
 
     @property
     def d_in(self) -> int:
@@ -219,7 +223,6 @@ class Sae:
         x = self._normalised(x)
         if self.architecture == "gated":
             gate = x @ self.W_enc
-            assert self.r_mag is not None and self.b_gate is not None and self.b_mag is not None
             return self._gated(gate, slice(None))
         assert self.b_enc is not None
         pre = (x @ self.W_enc).add_(self.b_enc)
@@ -258,7 +261,9 @@ class Sae:
             index = dense.nonzero()
             parts.append((index[:, 0] + first, index[:, 1], dense[index[:, 0], index[:, 1]]))
         empty = torch.zeros(0, dtype=torch.long, device=x.device)
-        token, feature, value = (torch.cat(p) for p in zip(*parts, strict=True)) if parts else (empty, empty, empty.float())
+        token, feature, value = (
+            (torch.cat(p) for p in zip(*parts, strict=True)) if parts else (empty, empty, empty.float())
+        )
         return Features(token, feature, value, (len(x), self.d_sae))
 
     def _pointwise(self, pre: Tensor, which: Tensor | slice) -> Tensor:
@@ -268,7 +273,10 @@ class Sae:
         return pre.relu_()
 
     def _gated(self, gate: Tensor, which: Tensor | slice) -> Tensor:
-        assert self.r_mag is not None and self.b_gate is not None and self.b_mag is not None
+        # The constructor saw to it that a gated SAE has all three.
+        assert self.r_mag is not None
+        assert self.b_gate is not None
+        assert self.b_mag is not None
         magnitude = (gate * self.r_mag[which].exp() + self.b_mag[which]).relu_()
         return magnitude * (gate + self.b_gate[which] > 0)
 
@@ -354,7 +362,13 @@ class Sae:
 
 
 def random_sae(
-    d_in: int, d_sae: int, architecture: Architecture = "standard", *, seed: int = 0, site: Site | None = None, **kwargs: Any
+    d_in: int,
+    d_sae: int,
+    architecture: Architecture = "standard",
+    *,
+    seed: int = 0,
+    site: Site | None = None,
+    **kwargs: Any,
 ) -> Sae:
     """An SAE of random weights, for tests and benchmarks of speed; it means nothing."""
     generator = torch.Generator().manual_seed(seed)

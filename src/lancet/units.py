@@ -54,7 +54,9 @@ class Amount:
         if match is None:
             if text.strip().lower().lstrip("+-") in ("inf", "infinity", "nan"):
                 return cls(float(text))
-            raise UsageError(f"{text!r} is not an amount; write a number, 2x (times its maximum) or 0.5rn (of the norm)")
+            raise UsageError(
+                f"{text!r} is not an amount; write a number, 2x (times its maximum) or 0.5rn (of the norm)"
+            )
         unit: Unit = "raw" if match[2] is None else "x" if match[2] == "x" else "rn"
         return cls(float(match[1]), unit)
 

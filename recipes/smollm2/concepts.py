@@ -1,0 +1,316 @@
+"""What ships beside the weights: maxima, densities, the typical norm, what every feature makes the model say, and the
+table concept -> its detector and, for the concepts that were asked for, the blend that causes it.
+
+A blend is chosen among a few ways of making one, each of at most ten features, by continuations on calibration
+prompts; the card reports it on other prompts and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from score import batches, lines
+from torch import Tensor
+
+from lancet import bench, effect, facts
+from lancet.algebra import Direction
+from lancet.edit import RowChange, Step
+from lancet.generate import Sampling, rows
+from lancet.model import Model
+from lancet.sae import Sae
+from lancet.scoring import auroc_of_ranks, ranks
+
+PARTS = 10
+CALIBRATION = ("I went to the grocery store to buy", "My friend told me that", "The best thing about today is")
+REPORT = (
+    "Yesterday I saw", "She opened the book and began to read about", "He could not stop thinking about",
+    "When I looked out of the window,", "On the table there was",
+)  # fmt: skip
+STRENGTHS = (0.3, 0.45, 0.6, 0.8)
+TOKENS = 28
+SURPRISE_LIMIT = 1.5  # nats a token above the plain continuation's
+SAMPLING = Sampling(temperature=0.7, repetition_penalty=1.1)
+
+
+@dataclass
+class Contrast:
+    """Means over the tokens of a concept's training lines and over all other lines."""
+
+    features: dict[str, Tensor]  # concept -> [d_sae] mean activation, its own minus the others'
+    values: dict[str, Tensor]  # concept -> [d_in] the same of the value itself (DiffMean)
+    auroc: dict[str, np.ndarray]  # concept -> [d_sae] of sentence maxima on training lines
+    maximum: Tensor
+    density: Tensor
+    norm: float
+    tokens: int
+
+
+def contrast(model: Model, sae: Sae, rounds: int = 2) -> Contrast:
+    """One pass over training lines of all concepts and neutral passages."""
+    texts, labels = [], []
+    for seed in range(rounds):
+        for name, text in bench.sentences("train", 60, seed):
+            texts.append(text)
+            labels.append(name)
+    neutral = facts.neutral_texts(800)
+    texts += neutral
+    labels += [""] * len(neutral)
+    names = [*bench.concepts(), ""]
+    f_sum, x_sum, count = torch.zeros(len(names), sae.d_sae), torch.zeros(len(names), sae.d_in), torch.zeros(len(names))
+    maxima = np.zeros((len(texts), sae.d_sae), np.float16)
+    maximum, fired, norms = torch.zeros(sae.d_sae), torch.zeros(sae.d_sae), []
+    for batch, part in batches(model, texts):
+        x = model.values(batch, [sae.site])[sae.site].float()
+        for row, index in enumerate(part):
+            own = x[row][batch.content[row]]
+            f = sae.encode(own)
+            which = names.index(labels[index])
+            f_sum[which] += f.sum(0)
+            x_sum[which] += own.sum(0)
+            count[which] += len(own)
+            top = f.max(0).values
+            maxima[index] = top.numpy()
+            maximum = torch.maximum(maximum, top)
+            fired += (f > 0).sum(0)
+            norms.append(own.norm(dim=1))
+    marked = np.array(labels)
+    inside = marked != ""
+    ranked = ranks(maxima[inside].astype(np.float32)).astype(np.float32)
+    others_f, others_x, others = f_sum.sum(0), x_sum.sum(0), count.sum()
+    out = Contrast({}, {}, {}, maximum, fired / others, float(torch.cat(norms).median()), int(others))
+    for i, name in enumerate(names[:-1]):
+        rest = others - count[i]
+        out.features[name] = f_sum[i] / count[i] - (others_f - f_sum[i]) / rest
+        out.values[name] = x_sum[i] / count[i] - (others_x - x_sum[i]) / rest
+        out.auroc[name] = auroc_of_ranks(ranked, marked[inside] == name)
+    return out
+
+
+def keyword_tokens(model: Model, concept: bench.Concept) -> list[int]:
+    """First tokens of a concept's keywords as they begin inside a sentence."""
+    out = set()
+    for word in concept.keywords:
+        for form in (word, word[:1].upper() + word[1:]):
+            out.add(model.tokenizer(" " + form, add_special_tokens=False)["input_ids"][0])
+    return sorted(out - set(model.tokenizer(" I the a is in of", add_special_tokens=False)["input_ids"]))
+
+
+def effects(model: Model, sae: Sae, norm: float, count: int = 20) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Top tokens of all features, and concept -> [d_sae] how much likelier its words become against all words."""
+    unit = sae.W_dec / sae.decoder_norm[:, None]
+    sets = {name: keyword_tokens(model, concept) for name, concept in bench.concepts().items()}
+    ids, values, scores = [], [], {name: [] for name in sets}
+    for change in effect.changes(model, sae.site, unit * (effect.STRENGTH * norm)):
+        best = change.topk(count, dim=-1)
+        ids.append(best.indices)
+        values.append(best.values)
+        mean = change.mean(1)
+        for name, tokens in sets.items():
+            scores[name].append(change[:, tokens].mean(1) - mean)
+    return torch.cat(ids), torch.cat(values), {name: torch.cat(parts) for name, parts in scores.items()}
+
+
+Blend = list[tuple[int, float]]
+
+
+def blends(sae: Sae, found: Contrast, name: str, causes: Tensor) -> dict[str, Blend]:
+    """A few ways of making a concept out of at most PARTS features, weights of the longest part first."""
+    difference, target = found.features[name], found.values[name]
+    strength = difference * sae.decoder_norm
+
+    def weighted(chosen: Tensor) -> Blend:
+        return [(int(i), float(difference[i])) for i in chosen]
+
+    detects = torch.tensor(found.auroc[name])
+    detector = int(detects.argmax())
+    out: dict[str, Blend] = {"detector": [(detector, 1.0)]}
+    both = torch.where(detects > 0.7, causes, torch.full_like(causes, -9.0))
+    out["detects and causes"] = [(int(both.argmax()), 1.0)]
+    out["difference"] = weighted(strength.topk(PARTS).indices)
+    helped = torch.where(causes > 0, strength, torch.full_like(strength, -1.0))
+    out["difference, causing"] = weighted(helped.topk(PARTS).indices)
+    out["pursuit"] = pursuit(sae, target, torch.ones(sae.d_sae, dtype=torch.bool))
+    out["pursuit, causing"] = pursuit(sae, target, causes > 0)
+    return {how: [(i, w) for i, w in blend if w > 0] for how, blend in out.items()}
+
+
+def pursuit(sae: Sae, target: Tensor, allowed: Tensor) -> Blend:
+    """Non-negative orthogonal matching pursuit: the PARTS features whose weighted sum comes nearest to a direction."""
+    from scipy.optimize import nnls
+
+    chosen: list[int] = []
+    weights = np.zeros(0)
+    unit = sae.W_dec / sae.decoder_norm[:, None]
+    rest = target.clone()
+    for _ in range(PARTS):
+        fit = torch.where(allowed, unit @ rest, torch.full((sae.d_sae,), -9.0))
+        fit[chosen] = -9.0
+        chosen.append(int(fit.argmax()))
+        basis = sae.W_dec[chosen].T.double().numpy()
+        weights, _ = nnls(basis, target.double().numpy())
+        rest = target - torch.tensor(basis @ weights, dtype=torch.float32)
+    return sorted(((i, float(w)) for i, w in zip(chosen, weights, strict=True) if w > 0), key=lambda part: -part[1])
+
+
+def vector(sae: Sae, blend: Blend) -> Tensor:
+    """[d_in] the blend's direction, length 1."""
+    index = torch.tensor([i for i, _ in blend])
+    v = torch.tensor([w for _, w in blend]) @ sae.rows(index)
+    return v / v.norm()
+
+
+def continuations(
+    model: Model, sae: Sae, vectors: Sequence[Tensor | None], prompts: Sequence[str], seeds: Sequence[int]
+) -> list[tuple[list[str], float]]:
+    """For each added vector: continuations of all prompts and seeds, and their surprise under the plain model."""
+    jobs = [(k, prompt, seed) for k in range(len(vectors)) for prompt in prompts for seed in seeds]
+    texts: list[list[str]] = [[] for _ in vectors]
+    nats: list[list[float]] = [[] for _ in vectors]
+    for first in range(0, len(jobs), 64):
+        part = jobs[first : first + 64]
+        ready = [model.tokenize(prompt) for _, prompt, _ in part]
+        changes = []
+        for (k, _, _), tokens in zip(part, ready, strict=True):
+            v = vectors[k]
+            mask = torch.ones(len(tokens) + TOKENS, dtype=torch.bool)
+            mask[0] = False
+            step = None if v is None else Step(sae.site, Direction(sae.site, v, "v"), "add", 1.0, mask)
+            changes.append({sae.site: RowChange([step] if step else [])})
+        made: list[list[int]] = [[] for _ in part]
+        for column in rows(model, ready, changes, TOKENS, SAMPLING, [seed for *_, seed in part]):
+            for row, token in zip(made, column, strict=True):
+                if token is not None:
+                    row.append(token)
+        surprise = surprises(model, [list(t.ids) for t in ready], made)
+        for (k, _, _), row, s in zip(part, made, surprise, strict=True):
+            texts[k].append(model.tokenizer.decode(row))
+            nats[k].append(s)
+    return [(t, float(np.nanmean(n))) for t, n in zip(texts, nats, strict=True)]
+
+
+def surprises(model: Model, prompts: list[list[int]], made: list[list[int]]) -> list[float]:
+    """Loss of each continuation, in nats a token, under the unedited model."""
+    batch = model.batch([p + m for p, m in zip(prompts, made, strict=True)])
+    with torch.inference_mode():
+        logits = model.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+    out = []
+    for i, (p, m) in enumerate(zip(prompts, made, strict=True)):
+        if not m:
+            out.append(float("nan"))
+            continue
+        at = slice(len(p) - 1, len(p) + len(m) - 1)
+        out.append(float(torch.nn.functional.cross_entropy(logits[i, at].float(), torch.tensor(m))))
+    return out
+
+
+def hits(texts: Sequence[str], keywords: Sequence[str]) -> float:
+    """Share of texts with a keyword as whole words."""
+    pattern = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in keywords), re.IGNORECASE)
+    return sum(bool(pattern.search(text)) for text in texts) / len(texts)
+
+
+def repeats(texts: Sequence[str]) -> float:
+    """Mean share of repeated 3-grams of words."""
+    shares = []
+    for text in texts:
+        w = text.split()
+        grams = list(zip(w, w[1:], w[2:], strict=False))
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return float(np.mean(shares))
+
+
+def quality(hit: float, surprise: float, plain: float) -> float:
+    """Harmonic mean of hits and of how much of the allowed extra surprise is left; 0 when either is."""
+    room = max(0.0, 1 - max(0.0, surprise - plain) / (2 * SURPRISE_LIMIT))
+    return 0.0 if hit + room == 0 else 2 * hit * room / (hit + room)
+
+
+def choose_blends(
+    model: Model, sae: Sae, found: Contrast, causes: dict[str, Tensor], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """For each concept the way and the strength that do best on calibration prompts, reported on other prompts."""
+    ((_, plain_calibration),) = continuations(model, sae, [None], CALIBRATION, range(4))
+    ((plain_texts, plain_report),) = continuations(model, sae, [None], REPORT, range(100, 104))
+    out = {}
+    for name in names:
+        keywords = bench.concepts()[name].keywords
+        made = blends(sae, found, name, causes[name])
+        ways = {how: vector(sae, blend) for how, blend in made.items() if blend}
+        ways["DiffMean"] = found.values[name] / found.values[name].norm()
+        tries = [(how, s) for how in ways for s in STRENGTHS]
+        scored = continuations(model, sae, [ways[h] * (s * found.norm) for h, s in tries], CALIBRATION, range(4))
+        table = {
+            (h, s): (hits(t, keywords), n, quality(hits(t, keywords), n, plain_calibration))
+            for (h, s), (t, n) in zip(tries, scored, strict=True)
+        }
+        best = {how: max(STRENGTHS, key=lambda s: table[how, s][2]) for how in ways}
+        ours = max((how for how in ways if how != "DiffMean"), key=lambda how: table[how, best[how]][2])
+        finals = [ours, "DiffMean"]
+        reported = continuations(
+            model, sae, [ways[h] * (best[h] * found.norm) for h in finals], REPORT, range(100, 104)
+        )
+        result: dict[str, Any] = {"blend": made[ours], "how": ours, "dose_rn": best[ours]}
+        for how, (texts, nats) in zip(finals, reported, strict=True):
+            key = "diffmean" if how == "DiffMean" else "report"
+            result[key] = {
+                "hits": hits(texts, keywords),
+                "extra_surprise": nats - plain_report,
+                "repeats": repeats(texts),
+                "rn": best[how],
+                "plain_hits": hits(plain_texts, keywords),
+            }
+            if key == "report":
+                result["texts"] = texts[:8]
+        result["calibration"] = {f"{h} {s}": [round(v, 2) for v in table[h, s]] for h, s in tries}
+        out[name] = result
+        print(name, ours, best[ours], result["report"], "| DiffMean", result["diffmean"], flush=True)
+    return out
+
+
+def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Measures everything, writes `folder/facts.safetensors` and `folder/concepts.json`."""
+    found = contrast(model, sae)
+    ids, values, causes = effects(model, sae, found.norm)
+    print(f"norm {found.norm:.1f}, {found.tokens} tokens, effects done", flush=True)
+    table: dict[str, Any] = {}
+    held_texts, held_labels = lines("heldout", 11)
+    maxima = np.zeros((len(held_texts), sae.d_sae), np.float32)
+    for batch, part in batches(model, held_texts):
+        x = model.values(batch, [sae.site])[sae.site].float()
+        for row, index in enumerate(part):
+            maxima[index] = sae.encode(x[row][batch.content[row]]).max(0).values
+    ranked = ranks(maxima)
+    for name in bench.concepts():
+        feature = int(np.argmax(found.auroc[name]))
+        heldout = auroc_of_ranks(ranked, held_labels == name)
+        table[name] = {
+            "feature": feature,
+            "auroc": round(float(heldout[feature]), 4),
+            "causes": round(float(causes[name][feature]), 3),
+            "best_five": [
+                {"feature": int(f), "auroc": round(float(heldout[f]), 4), "causes": round(float(causes[name][f]), 3)}
+                for f in np.argsort(-found.auroc[name])[:5]
+            ],
+        }
+    chosen = choose_blends(model, sae, found, causes, names)
+    for name, entry in chosen.items():
+        table[name] |= {
+            "blend": entry["blend"],
+            "dose_rn": entry["dose_rn"],
+            "how": entry["how"],
+            "report": entry["report"],
+        }
+    facts.Facts(found.maximum, found.density, found.norm, found.tokens, ids, values, table).save(
+        folder / "facts.safetensors"
+    )
+    (folder / "concepts.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+    assert math.isfinite(found.norm)
+    return table

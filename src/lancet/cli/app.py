@@ -1,0 +1,125 @@
+"""The commands and their options. What they do lies in one file each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="lancet",
+    help="A home lab for dissecting language models with sparse autoencoders (SAEs). 柳叶刀：在家解剖语言模型。",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option(help="smollm2, or a folder in transformers' layout.")]
+SaeOption = Annotated[str | None, typer.Option("--sae", help="Site of a bundled SAE, or a folder in sae-lens' layout.")]
+Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md has its shape).")]
+
+
+def given(text: str) -> str:
+    """The argument itself, or standard input for `-`."""
+    return sys.stdin.read().rstrip("\n") if text == "-" else text
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from lancet import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def read(
+    text: Annotated[str, typer.Argument(help="The text to read; - reads standard input.")],
+    at: Annotated[str | None, typer.Option(help="Show the recipe of these characters alone, such as Bridge.")] = None,
+    top: Annotated[int, typer.Option(help="Features listed a token.")] = 5,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Also list features that fire on over a tenth of tokens.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Take the text as a user's turn of a chat.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the score (or, with --at, the spectrum) to this file.")
+    ] = None,
+    model: Model = "smollm2",
+    sae: SaeOption = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Which features fire on which token, and how much of the vector they explain."""
+    from lancet.cli.read import run
+
+    run(given(text), at, top, dense, chat, plot, model, sae, device, dtype, json)
+
+
+@app.command()
+def steer(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
+    edits: Annotated[list[str], typer.Argument(help="Edits such as '#123 += 0.5rn', 'bridge = 2x @ generated'.")],
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 40,
+    plain: Annotated[bool, typer.Option("--plain/--no-plain", help="Show the unedited continuation beside it.")] = True,
+    chat: Annotated[bool, typer.Option("--chat", help="Take the prompt as a user's turn of a chat.")] = False,
+    samples: Annotated[int, typer.Option(help="Continuations, each with its own seed.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.1,
+    seed: Annotated[int, typer.Option(help="Same seed, same draws for every row.")] = 0,
+    blunt: Annotated[bool, typer.Option("--blunt", help="Replace the vector by the decoded features.")] = False,
+    model: Model = "smollm2",
+    sae: SaeOption = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Continue a prompt with features forced on, held or switched off, beside the plain continuation."""
+    from lancet.cli.steer import run
+    from lancet.generate import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    run(given(prompt), edits, tokens, plain, chat, samples, sampling, blunt, model, sae, device, dtype, json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("lancet-demo"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """The whole story on the embedded model: read the bridge, prove its feature, force it on."""
+    from lancet.cli.demo import run
+
+    run(out, device, dtype, json)
+
+
+@app.command()
+def get(name: Annotated[str, typer.Argument(help="What to fetch: smollm2.")]) -> None:
+    """Fetch the embedded model (once; 93 MB) and make it ready."""
+    from lancet import embedded
+    from lancet.cli.show import line, say
+    from lancet.errors import UnknownName
+
+    if name != embedded.NAME:
+        raise UnknownName("model to fetch", name, [embedded.NAME])
+    line(f"{name} is ready in {embedded.get(say)}")
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Versions, devices, memory, caches; what is missing, and the command that mends it."""
+    from lancet.cli.doctor import run
+
+    run(json)

@@ -1,0 +1,94 @@
+"""`lancet read`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lancet.cli import show
+
+if TYPE_CHECKING:
+    from lancet.reading import Lit, Reading, Spot
+
+
+def run(
+    text: str,
+    at: str | None,
+    top: int,
+    dense: bool,
+    chat: bool,
+    plot: Path | None,
+    model: str,
+    sae: str | None,
+    device: str,
+    dtype: str,
+    json: bool,
+) -> None:
+    from lancet.lab import open_lab
+
+    with show.working(f"opening {model}"):
+        lab = open_lab(model, sae, device, dtype, show.say)
+        reading = lab.read([{"role": "user", "content": text}] if chat else text, top=top, dense=dense)
+    spot = reading.at(at) if at is not None else None
+    if plot is not None:
+        show.say(f"drew {reading.plot(plot, at)}")
+    if json:
+        show.as_json(spot_json(spot, top, dense) if spot else reading.to_json())
+    elif spot:
+        recipe(spot, top, dense)
+    else:
+        every_token(reading)
+    if not json:
+        remarks(reading)
+
+
+def every_token(reading: Reading) -> None:
+    """A row for each token: its characters, how many features are lit, how much they explain, the strongest."""
+    rows = []
+    for spot in reading:
+        listed = "  ".join(told(lit) for lit in spot.top(reading.top, reading.dense))
+        rows.append([spot.positions[0], show.visible(spot.text), spot.lit[0], f"{spot.explained[0]:.0%}", listed])
+    show.table(
+        ["position", "token", "lit", "explained", "features"],
+        rows,
+        right=["position", "lit", "explained"],
+        title=f"{reading.sae.d_sae:,} features at {reading.sae.site}",
+    )
+
+
+def recipe(spot: Spot, top: int, dense: bool) -> None:
+    """The recipe of the cocktail: the features of some tokens with their shares of the reconstruction."""
+    sae = spot.reading.sae
+    for position, lit, explained in zip(spot.positions, spot.lit, spot.explained, strict=True):
+        piece = show.visible(spot.reading.tokens.piece(position))
+        show.line(f"{piece!r} (position {position}): {lit} of {sae.d_sae:,} features lit, {explained:.0%} explained")
+    lits = spot.top(top, dense)
+    most = max((lit.value for lit in lits), default=1.0)
+    rows = [
+        [f"#{lit.feature}", f"{lit.value:.1f}", show.bar(lit.value, most), f"{lit.share:.1%}", lit.says] for lit in lits
+    ]
+    show.table(["feature", "strength", "", "share", "makes the model say"], rows, right=["strength", "share"])
+
+
+def told(lit: Lit) -> str:
+    return f"#{lit.feature} {lit.value:.1f}" + (f" {lit.says}" if lit.says else "")
+
+
+def remarks(reading: Reading) -> None:
+    """What was left out and how it was computed."""
+    if not reading.dense and (hidden := reading.hidden()):
+        show.say(f"{hidden} features that fire on more than a tenth of all tokens are hidden; --dense shows them")
+    show.say("; ".join(reading.notes))
+
+
+def spot_json(spot: Spot, top: int, dense: bool) -> dict[str, object]:
+    """{"text", "site", "positions", "lit", "explained", "top": [{"feature", "value", "share", "position", "says"}]}."""
+    return {
+        "text": spot.text,
+        "sae": spot.reading.sae.name,
+        "site": str(spot.reading.sae.site),
+        "positions": list(spot.positions),
+        "lit": list(spot.lit),
+        "explained": [round(e, 4) for e in spot.explained],
+        "top": [vars(lit) for lit in spot.top(top, dense)],
+    }

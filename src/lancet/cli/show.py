@@ -1,0 +1,112 @@
+"""How results look: tables and colours in a terminal, tab-separated text in a pipe, JSON when asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@cache
+def console() -> Console:
+    """Standard output. Colours follow the terminal and NO_COLOR."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+@cache
+def notes() -> Console:
+    """Standard error: progress and remarks, so that a pipe carries results alone."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, style="dim", soft_wrap=not sys.stderr.isatty())
+
+
+def say(line: str) -> None:
+    """A remark on standard error."""
+    notes().print(line, markup=False)
+
+
+def as_json(value: Any) -> None:
+    """JSON on standard output; characters outside ASCII as they are, or escaped where the console lacks them."""
+    encoding = sys.stdout.encoding or "ascii"
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=1)
+    print(text)
+
+
+def can_show(characters: str) -> bool:
+    """Whether the console's encoding has these characters."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[str] = (), title: str = "") -> None:
+    """A table in a terminal, tab-separated lines with a header in a pipe. Columns named in `right` are numbers."""
+    if not sys.stdout.isatty():
+        print("\t".join(columns))
+        for row in rows:
+            print("\t".join(str(cell).replace("\t", " ").replace("\n", "\\n") for cell in row))
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=title or None, box=box.SIMPLE_HEAD if can_show("─") else box.ASCII, title_justify="left")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if column in right else "left", style="bold" if i == 0 else None)
+    for row in rows:
+        drawn.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    console().print(drawn)
+
+
+def heading(text: str) -> None:
+    """A heading between the parts of a longer output."""
+    if sys.stdout.isatty():
+        console().print()
+        console().print(text, style="bold cyan", markup=False)
+    else:
+        print(f"\n{text}")
+
+
+def line(text: str, style: str | None = None) -> None:
+    """A line of text, never read as markup."""
+    if sys.stdout.isatty():
+        console().print(text, style=style, markup=False)
+    else:
+        print(text)
+
+
+def bar(value: float, most: float, width: int = 20) -> str:
+    """A bar of characters that the console has."""
+    full, empty = ("█", "·") if can_show("█·") else ("#", ".")
+    filled = round(width * max(0.0, min(1.0, value / most))) if most > 0 else 0
+    return full * filled + empty * (width - filled)
+
+
+def visible(token: str) -> str:
+    """A token's characters with line breaks and a leading space made visible."""
+    return token.replace("\n", "\\n").replace("\t", "\\t") if token.strip() or not token else repr(token)
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """A spinner on standard error while something runs, in a terminal only."""
+    if sys.stderr.isatty():
+        with notes().status(text, spinner="dots" if can_show("⠋") else "line"):
+            yield
+    else:
+        yield

@@ -1,0 +1,145 @@
+"""Pictures: the spectrum of a token and the score of a text."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lancet.files import whole_file
+
+if TYPE_CHECKING:
+    from lancet.reading import Reading, Spot
+
+CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "Microsoft YaHei", "PingFang SC",
+    "Hiragino Sans GB", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Heiti SC", "Noto Sans CJK JP",
+    "Arial Unicode MS", "Droid Sans Fallback",
+)  # fmt: skip
+INK, ACCENT, PAPER = "#1d2733", "#c8452d", "#fbfaf7"
+MOST_FEATURES = 24
+
+
+@cache
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def fonts_for(text: str) -> tuple[list[str], str]:
+    """Font families that have the characters of `text`, and a note ("" where all is well).
+
+    Matplotlib falls back glyph by glyph along the list.
+    """
+    from matplotlib import font_manager
+
+    family = ["DejaVu Sans"]
+    wide = {c for c in text if ord(c) >= 0x2E80}
+    if not wide:
+        return family, ""
+    here = {font.name for font in font_manager.fontManager.ttflist}
+    found = [name for name in CJK_FONTS if name in here]
+    if found:
+        return [*family, found[0]], ""
+    return family, "no installed font has these characters: install one such as Noto Sans CJK (Debian: fonts-noto-cjk)"
+
+
+def spectrum(spot: Spot, path: Path, top: int = 15) -> Path:
+    """One token's features as bars, strongest first, with each one's share of the reconstruction.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
+    plt = _pyplot()
+    lits = spot.top(top)
+    names = [f"#{lit.feature}  {lit.says}".rstrip() for lit in lits]
+    family, note = fonts_for(spot.text + "".join(names))
+    with plt.rc_context({"font.family": family}):
+        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.36 * max(3, len(lits))), facecolor=PAPER)
+        axes.set_facecolor(PAPER)
+        values = [lit.value for lit in lits]
+        axes.barh(range(len(lits)), values, color=[ACCENT, *[INK] * len(lits)][: len(lits)], height=0.66)
+        most = max(values, default=1.0)
+        for row, lit in enumerate(lits):
+            axes.text(
+                lit.value + most * 0.01, row, f"{lit.value:.1f}   {lit.share:.0%}", va="center", fontsize=9, color=INK
+            )
+        axes.set_yticks(range(len(lits)), [_plain(n) for n in names], fontsize=9, color=INK)
+        axes.invert_yaxis()
+        axes.set_xlim(0, most * 1.18)
+        axes.set_xlabel("activation   (share of the reconstruction)", color=INK, fontsize=9)
+        most_lit, explained = max(spot.lit), sum(spot.explained) / len(spot.explained)
+        axes.set_title(
+            f"{_plain(spot.text.strip())!r}: {most_lit} of {spot.reading.sae.d_sae:,} features lit, "
+            f"{explained:.0%} explained",
+            loc="left", fontsize=11, color=INK,
+        )  # fmt: skip
+        return _finish(figure, axes, path, note)
+
+
+def score(reading: Reading, path: Path, features: int = MOST_FEATURES) -> Path:
+    """The piano roll of a text: features as rows, tokens as columns, strength as colour.
+
+    The features shown are those with the largest activation anywhere in the text, features that fire on more than a
+    tenth of all tokens left out unless the reading lists them; rows are in the order in which they first sound.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
+    import numpy as np
+
+    plt = _pyplot()
+    positions = reading.read_positions()
+    lits = reading._top(positions, features, reading.dense)
+    lits.sort(key=lambda lit: lit.position)
+    grid = np.array([[float(v) for v in reading.features.of_feature(lit.feature)[positions]] for lit in lits])
+    pieces = [_plain(reading.tokens.piece(p)) for p in positions]
+    names = [f"{lit.says}  #{lit.feature}".strip() for lit in lits]
+    family, note = fonts_for("".join(pieces + names))
+    with plt.rc_context({"font.family": family}):
+        width = min(40.0, 3.8 + 0.42 * len(positions))
+        figure, axes = plt.subplots(figsize=(width, 1.8 + 0.27 * max(4, len(lits))), facecolor=PAPER)
+        shown = np.ma.masked_less_equal(grid.reshape(len(lits), len(positions)), 0)
+        axes.set_facecolor("#f1efe8")
+        image = axes.pcolormesh(shown, cmap="magma_r", vmin=0, edgecolors=PAPER, linewidth=1.2)
+        axes.set_yticks(np.arange(len(lits)) + 0.5, [_plain(n) for n in names], fontsize=8, color=INK)
+        axes.set_xticks(np.arange(len(positions)) + 0.5, pieces, rotation=60, ha="right", fontsize=9, color=INK)
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
+        bar.set_label("activation", color=INK, fontsize=9)
+        bar.outline.set_visible(False)
+        axes.set_title(f"{reading.sae.site}, the {len(lits)} strongest features", loc="left", fontsize=11, color=INK)
+        return _finish(figure, axes, path, note)
+
+
+def _plain(text: str) -> str:
+    """Line breaks made visible, and dollar signs kept from being read as formulas."""
+    return text.replace("\n", "↵").replace("$", r"\$")
+
+
+def _finish(figure: Any, axes: Any, path: Path, note: str) -> Path:
+    import warnings
+
+    from lancet.errors import UsageError
+
+    plt = _pyplot()
+    for side in axes.spines.values():
+        side.set_visible(False)
+    if note:
+        figure.text(0.01, 0.005, note, fontsize=7, color=ACCENT)
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        plt.close(figure)
+        raise UsageError(f"cannot draw to {path}: end its name in one of {', '.join('.' + k for k in sorted(known))}")
+    try:
+        with whole_file(path) as temporary, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a missing glyph is told by the note
+            figure.savefig(temporary, dpi=144, bbox_inches="tight", facecolor=PAPER)
+    finally:
+        plt.close(figure)
+    return path
