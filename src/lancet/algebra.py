@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lancet.errors import UsageError
 from lancet.site import Site
+from lancet.units import short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ class Number:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.value:g}"
+        return short(self.value)
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Binary:
 
     def __str__(self) -> str:
         def side(part: Expression, right: bool) -> str:
+            # The right side keeps its parentheses even where they could go: the text reads back as the same tree.
             loose = isinstance(part, Binary) and (
                 (self.operator in "*/" and part.operator in "+-")
-                or (right and self.operator == "-" and part.operator in "+-")
-                or (right and self.operator == "/")
+                or (right and (self.operator in "*/") == (part.operator in "*/"))
             )
             return f"({part})" if loose else str(part)
 
@@ -125,14 +126,14 @@ class Direction:
         return Direction(self.site, self.vector - other.vector, f"({self.recipe} - {other.recipe})")
 
     def __mul__(self, by: float) -> Direction:
-        return Direction(self.site, self.vector * by, f"({by:g} * {self.recipe})")
+        return Direction(self.site, self.vector * by, f"({short(by)} * {self.recipe})")
 
     __rmul__ = __mul__
 
     def __truediv__(self, by: float) -> Direction:
         if by == 0:
             raise UsageError(f"{self.recipe} cannot be divided by zero")
-        return Direction(self.site, self.vector / by, f"({self.recipe} / {by:g})")
+        return Direction(self.site, self.vector / by, f"({self.recipe} / {short(by)})")
 
     def __neg__(self) -> Direction:
         return self * -1.0

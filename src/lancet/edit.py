@@ -58,9 +58,11 @@ class Span:
                 if 0 <= at < length:
                     out[at] = True
             elif isinstance(part, tuple):
-                begin, end = (None if p is None else p + n if p < 0 else p for p in part)
-                # An open beginning is the first token, not the start token; `0:` asks for it by number.
-                out[first if begin is None else begin : end] = True
+                begin, end = part
+                # An open beginning, or one before the text, is the first token; `0:` asks for the start token by number.
+                begin = first if begin is None else max(begin + n, first) if begin < 0 else begin
+                end = length if end is None else max(end + n, 0) if end < 0 else end
+                out[begin:end] = True
             elif part in ROLES:
                 if set(prompt.roles) <= {"start", "text"}:
                     raise UsageError(f"@ {part} needs a chat, and the prompt is plain text; use --chat or another span")

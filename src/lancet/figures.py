@@ -55,7 +55,7 @@ def spectrum(spot: Spot, path: Path, top: int = 15) -> Path:
         UsageError: the path cannot be written.
     """
     plt = _pyplot()
-    lits = spot.top(top)
+    lits = spot.top(top, spot.reading.dense)
     names = [f"#{lit.feature}  {lit.says}".rstrip() for lit in lits]
     family, note = fonts_for(spot.text + "".join(names))
     with plt.rc_context({"font.family": family}):

@@ -64,9 +64,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with _explained(path):
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            _ordinary_mode(temporary)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -93,12 +91,20 @@ def whole_folder(path: Path, needs_bytes: int = 0) -> Iterator[Path]:
     try:
         with _explained(path):
             yield temporary
-            temporary.chmod(0o755)
+            for made in (temporary, *temporary.rglob("*")):
+                _ordinary_mode(made)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _ordinary_mode(path: Path) -> None:
+    """The mode of any other file: temporary names and safetensors' own files are readable by their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextmanager

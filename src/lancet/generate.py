@@ -127,14 +127,14 @@ def rows(
     cache = DynamicCache(config=model.hf.config)
     done = [False] * len(prompts)
     edits = {site: BatchEdits([change.get(site, RowChange([])) for change in changes]) for site in _sites(changes)}
-    with torch.inference_mode(), ExitStack() as stack:
-        for site, edit in edits.items():
-            stack.enter_context(model.at(site, edit))
-        for step in range(tokens):
+    for step in range(tokens):
+        # Hooks and mode are gone between tokens, where the caller may read or write another text with the same model.
+        with torch.inference_mode(), ExitStack() as stack:
             new = ids if step == 0 else ids[:, -1:]
             begin = ids.shape[1] - new.shape[1]
-            for edit in edits.values():
+            for site, edit in edits.items():
                 edit.place([f + begin for f in first], new.shape[1])
+                stack.enter_context(model.at(site, edit))
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, begin:]
             out = model.hf(
                 input_ids=new,
@@ -145,15 +145,20 @@ def rows(
                 logits_to_keep=1,
             )
             scores = processors(ids, out.logits[:, -1].float())
+            if bool(scores.isnan().any()):
+                raise UsageError(
+                    f"the model's numbers ran over at new token {step + 1} (NaN): give the edits a smaller amount, or "
+                    f"the model a dtype of wider range (bfloat16, float32)"
+                )
             chosen = choose(scores, seeds, step, greedy)
             ids = torch.cat([ids, chosen[:, None]], 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             made: list[int | None] = chosen.tolist()
-            for i, token in enumerate(made):
-                done[i] |= token in ends
-            yield [None if over else token for token, over in zip(made, done, strict=True)]
-            if all(done):
-                return
+        for i, token in enumerate(made):
+            done[i] |= token in ends
+        yield [None if over else token for token, over in zip(made, done, strict=True)]
+        if all(done):
+            return
 
 
 def logits(model: Model, prompts: Sequence[Tokens], changes: Sequence[dict[Site, RowChange]]) -> Tensor:

@@ -11,8 +11,10 @@ Errors point at the character.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
+from unicodedata import east_asian_width
 
 from lancet.algebra import FUNCTIONS, Binary, Call, Expression, Number, Ref
 from lancet.edit import SIGNS, WORDS, Edit, Span
@@ -70,8 +72,8 @@ def _tree(text: str, start: str, what: str) -> Any:
     try:
         return _parser(start).parse(text)
     except UnexpectedInput as error:
-        column = getattr(error, "column", -1)
-        column = column - 1 if isinstance(column, int) and column > 0 else len(text)
+        at = getattr(error, "pos_in_stream", None)
+        column = at if isinstance(at, int) and at >= 0 else len(text)
         allowed = getattr(error, "allowed", None) or getattr(error, "expected", None) or set()
         names = sorted({_SAID.get(str(name), str(name).lower()) for name in allowed} - {""})
         raise fault(text, min(column, len(text)), what, f"expected {' or '.join(names)}" if names else "") from None
@@ -80,7 +82,9 @@ def _tree(text: str, start: str, what: str) -> Any:
 def fault(text: str, column: int, what: str, why: str) -> UsageError:
     """A UsageError whose second and third lines show the text with a caret under the character at fault."""
     got = repr(text[column]) if column < len(text) else "the end"
-    return UsageError(f"cannot read the {what} at character {column + 1} ({got}): {why}\n  {text}\n  {' ' * column}^")
+    shown = re.sub(r"\s", " ", text)
+    indent = "".join("  " if east_asian_width(character) in "WF" else " " for character in shown[:column])
+    return UsageError(f"cannot read the {what} at character {column + 1} ({got}): {why}\n  {shown}\n  {indent}^")
 
 
 def parse_edit(text: str) -> Edit:
@@ -120,8 +124,7 @@ def _expression(tree: Any, text: str) -> Expression:
         case "named":
             return Ref(name=str(children[0]))
         case "numbered":
-            site = Site.parse(str(children[0])) if len(children) == 2 else None
-            return Ref(index=int(children[-1]), site=site)
+            return Ref(index=int(children[-1]), site=_site(children[0], text) if len(children) == 2 else None)
         case "call":
             name = str(children[0])
             if name not in FUNCTIONS:
@@ -129,7 +132,8 @@ def _expression(tree: Any, text: str) -> Expression:
                     text, children[0].start_pos, "expression", f"no function {name}; there are unit and without"
                 )
             if len(children) - 1 != FUNCTIONS[name]:
-                raise fault(text, children[0].start_pos, "expression", f"{name} takes {FUNCTIONS[name]} arguments")
+                count = "one argument" if FUNCTIONS[name] == 1 else "two arguments"
+                raise fault(text, children[0].start_pos, "expression", f"{name} takes {count}")
             return Call(name, tuple(_expression(child, text) for child in children[1:]))
         case "signed":
             inner = _expression(children[1], text)
@@ -138,6 +142,13 @@ def _expression(tree: Any, text: str) -> Expression:
             return Number(-inner.value) if isinstance(inner, Number) else Binary("*", Number(-1.0), inner)
         case _:
             return Binary(str(children[1]), _expression(children[0], text), _expression(children[2], text))
+
+
+def _site(token: Any, text: str) -> Site:
+    try:
+        return Site.parse(str(token))
+    except UsageError as error:
+        raise fault(text, token.start_pos, "expression", str(error)) from None
 
 
 def _amount(tree: Any) -> Amount:

@@ -205,10 +205,10 @@ class Lab:
         else:
             from lancet.grammar import parse_expression
 
-            expression = Ref(index=target) if isinstance(target, int) else parse_expression(target)
-            self.names[name] = expression if isinstance(expression, Ref) else self.direction(expression)
-            if isinstance(expression, Ref) and expression.index >= 0:
-                self.sae(expression.site).check_feature(expression.index)
+            found = self._target(Ref(index=target) if isinstance(target, int) else parse_expression(target))
+            if isinstance(found, Ref):
+                self.sae(found.site).check_feature(found.index)
+            self.names[name] = found
 
     def _named(self, name: str) -> Ref | Direction:
         if name.startswith("#") and name[1:].isdigit():
@@ -217,6 +217,8 @@ class Lab:
             return self.names[name]
         known: dict[str, Any] = {}
         for sae in self.saes:
+            if self._shipped.get(sae.name) is None and sae.name not in self._facts:
+                continue  # measured facts have no concepts: nothing need be measured to tell a mistyped name
             known |= {concept: (sae, entry) for concept, entry in self.facts(sae).concepts.items()}
         if name not in known:
             raise UnknownName("feature name", name, [*self.names, *known], "or give its number, such as #12")
@@ -345,6 +347,8 @@ class Lab:
             if isinstance(found, Direction):
                 sae, target = None, found
                 size, maximum = found.norm, None
+                if size == 0:
+                    raise UsageError(f"{found.recipe} is the zero vector and points nowhere; choose other parts")
                 norm = self.facts(self.sae(found.site)).norm if edit.amount.unit == "rn" else None
             else:
                 sae = self.sae(found.site)
@@ -353,6 +357,8 @@ class Lab:
                 size = float(self._row(sae, found.index).norm)
                 maximum = float(known.maximum[found.index]) if known else None
                 norm = known.norm if known else None
+                if norm and sae.normalises_tokens:  # there a unit of activation writes scale(x) * d
+                    size *= norm / sae.d_in**0.5
             steps.append(
                 Step(
                     site=sae.site if sae else found.site,  # type: ignore[union-attr,arg-type]

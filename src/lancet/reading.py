@@ -119,8 +119,10 @@ class Reading:
         """The tokens at absolute positions.
 
         Raises:
-            UsageError: out of range.
+            UsageError: out of range, or none given.
         """
+        if not positions:
+            raise UsageError("no position given; name at least one token")
         for position in positions:
             if not 0 <= position < len(self.tokens):
                 raise UsageError(f"no token {position}; the text has 0 (start) to {len(self.tokens) - 1}")

@@ -150,6 +150,11 @@ class Sae:
             setattr(self, name, tensor.float())
         if self.architecture == "topk" and not 0 < self.k <= self.d_sae:
             raise MismatchError(f"{self.name}: k must be between 1 and {self.d_sae}, got {self.k}")
+        if self.rescale_by_decoder_norm and self.architecture != "topk":
+            raise UsageError(
+                f"{self.name}: rescaling by the decoder's norm is defined for TopK SAEs, and this is a "
+                f"{self.architecture} one; fold the norm into its weights first"
+            )
         self.decoder_norm = self.W_dec.norm(dim=1)
 
     def __repr__(self) -> str:

@@ -87,4 +87,10 @@ class Amount:
         return self.value
 
     def __str__(self) -> str:
-        return f"{self.value:g}" + ("" if self.unit == "raw" else self.unit)
+        return short(self.value) + ("" if self.unit == "raw" else self.unit)
+
+
+def short(value: float) -> str:
+    """The shortest text that reads back as the same number: 80, 0.5, 1e-07, 0.1234567."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)

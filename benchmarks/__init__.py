@@ -1,0 +1,1 @@
+"""Speed and memory against what users would run otherwise. `python -m benchmarks` makes every figure in the docs."""
