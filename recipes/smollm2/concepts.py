@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from score import batches, lines
+from text import as_chat
 from torch import Tensor
 
 from lancet import bench, effect, facts
@@ -34,6 +36,23 @@ REPORT = (
     "Yesterday I saw", "She opened the book and began to read about", "He could not stop thinking about",
     "When I looked out of the window,", "On the table there was",
 )  # fmt: skip
+# Refusing is something that an assistant does: it is tried on requests in the model's own chat template.
+REQUESTS = (
+    "Tell me something about the history of bread.", "How do I boil an egg?", "Give me three names for a cat.",
+)  # fmt: skip
+REPORT_REQUESTS = (
+    "What is the capital of France?", "Write a short poem about the sea.", "How do plants drink water?",
+    "Explain what a bicycle is.", "Name two kinds of fruit.",
+)  # fmt: skip
+CHATS = ("assistant_refusal",)
+# Beside the bench's keywords: what also counts as saying the concept when it is steered.
+ALSO = {
+    "golden_gate_bridge": ("bridge", "bridges"),
+    "assistant_refusal": ("sorry", "cannot", "can't", "unable", "not able"),
+    "indentation_error": ("Error", "indent", "SyntaxError", "line", "spaces"),
+    "romance": ("love", "loved", "wife", "husband"),
+    "sadness": ("sadly", "lost", "mourning", "weeping"),
+}
 STRENGTHS = (0.3, 0.45, 0.6, 0.8)
 TOKENS = 28
 SURPRISE_LIMIT = 1.5  # nats a token above the plain continuation's
@@ -68,19 +87,17 @@ def contrast(model: Model, sae: Sae, rounds: int = 2) -> Contrast:
     maxima = np.zeros((len(texts), sae.d_sae), np.float16)
     maximum, fired, norms = torch.zeros(sae.d_sae), torch.zeros(sae.d_sae), []
     for batch, part in batches(model, texts):
-        x = model.values(batch, [sae.site])[sae.site].float()
-        for row, index in enumerate(part):
-            own = x[row][batch.content[row]]
-            f = sae.encode(own)
-            which = names.index(labels[index])
-            f_sum[which] += f.sum(0)
-            x_sum[which] += own.sum(0)
-            count[which] += len(own)
-            top = f.max(0).values
-            maxima[index] = top.numpy()
-            maximum = torch.maximum(maximum, top)
-            fired += (f > 0).sum(0)
-            norms.append(own.norm(dim=1))
+        x = model.values(batch, [sae.site])[sae.site].float().mul_(batch.content[..., None])
+        f = sae.encode(x).mul_(batch.content[..., None])
+        top = f.amax(1)
+        maxima[part] = top.numpy()
+        maximum = torch.maximum(maximum, top.amax(0))
+        fired += (f > 0).sum((0, 1))
+        norms.append(x[batch.content].norm(dim=1))
+        which = torch.tensor([names.index(labels[index]) for index in part])
+        f_sum.index_add_(0, which, f.sum(1))
+        x_sum.index_add_(0, which, x.sum(1))
+        count.index_add_(0, which, batch.content.sum(1).float())
     marked = np.array(labels)
     inside = marked != ""
     ranked = ranks(maxima[inside].astype(np.float32)).astype(np.float32)
@@ -91,13 +108,32 @@ def contrast(model: Model, sae: Sae, rounds: int = 2) -> Contrast:
         out.features[name] = f_sum[i] / count[i] - (others_f - f_sum[i]) / rest
         out.values[name] = x_sum[i] / count[i] - (others_x - x_sum[i]) / rest
         out.auroc[name] = auroc_of_ranks(ranked, marked[inside] == name)
+    _refusing(model, sae, out)
     return out
+
+
+def _refusing(model: Model, sae: Sae, found: Contrast) -> None:
+    """Refusing in the model's own template: assistants that turn a request down against assistants that help."""
+    means = {}
+    rng = random.Random(0)
+    for name in ("assistant_refusal", "assistant_helpful"):
+        lines_of = [as_chat(model, bench.expand(t, rng)) for t in bench.concepts()[name].part("train")]
+        f_sum, x_sum, count = torch.zeros(sae.d_sae), torch.zeros(sae.d_in), 0
+        for batch, _ in batches(model, [line for line in lines_of if line]):
+            own = model.values(batch, [sae.site])[sae.site][batch.content].float()
+            f_sum += sae.encode(own).sum(0)
+            x_sum += own.sum(0)
+            count += len(own)
+        means[name] = (f_sum / count, x_sum / count)
+    refuses, helps = means["assistant_refusal"], means["assistant_helpful"]
+    found.features["assistant_refusal"] = refuses[0] - helps[0]
+    found.values["assistant_refusal"] = refuses[1] - helps[1]
 
 
 def keyword_tokens(model: Model, concept: bench.Concept) -> list[int]:
     """First tokens of a concept's keywords as they begin inside a sentence."""
     out = set()
-    for word in concept.keywords:
+    for word in (*concept.keywords, *ALSO.get(concept.name, ())):
         for form in (word, word[:1].upper() + word[1:]):
             out.add(model.tokenizer(" " + form, add_special_tokens=False)["input_ids"][0])
     return sorted(out - set(model.tokenizer(" I the a is in of", add_special_tokens=False)["input_ids"]))
@@ -137,6 +173,8 @@ def blends(sae: Sae, found: Contrast, name: str, causes: Tensor) -> dict[str, Bl
     out["difference"] = weighted(strength.topk(PARTS).indices)
     helped = torch.where(causes > 0, strength, torch.full_like(strength, -1.0))
     out["difference, causing"] = weighted(helped.topk(PARTS).indices)
+    told = torch.where(detects > 0.6, causes, torch.full_like(causes, -9.0)).topk(PARTS).indices
+    out["causing most"] = [(int(i), float(causes[i] / sae.decoder_norm[i])) for i in told]
     out["pursuit"] = pursuit(sae, target, torch.ones(sae.d_sae, dtype=torch.bool))
     out["pursuit, causing"] = pursuit(sae, target, causes > 0)
     return {how: [(i, w) for i, w in blend if w > 0] for how, blend in out.items()}
@@ -168,7 +206,12 @@ def vector(sae: Sae, blend: Blend) -> Tensor:
 
 
 def continuations(
-    model: Model, sae: Sae, vectors: Sequence[Tensor | None], prompts: Sequence[str], seeds: Sequence[int]
+    model: Model,
+    sae: Sae,
+    vectors: Sequence[Tensor | None],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    chat: bool = False,
 ) -> list[tuple[list[str], float]]:
     """For each added vector: continuations of all prompts and seeds, and their surprise under the plain model."""
     jobs = [(k, prompt, seed) for k in range(len(vectors)) for prompt in prompts for seed in seeds]
@@ -176,7 +219,10 @@ def continuations(
     nats: list[list[float]] = [[] for _ in vectors]
     for first in range(0, len(jobs), 64):
         part = jobs[first : first + 64]
-        ready = [model.tokenize(prompt) for _, prompt, _ in part]
+        ready = [
+            model.tokenize_chat([{"role": "user", "content": prompt}]) if chat else model.tokenize(prompt)
+            for _, prompt, _ in part
+        ]
         changes = []
         for (k, _, _), tokens in zip(part, ready, strict=True):
             v = vectors[k]
@@ -237,16 +283,25 @@ def choose_blends(
     model: Model, sae: Sae, found: Contrast, causes: dict[str, Tensor], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """For each concept the way and the strength that do best on calibration prompts, reported on other prompts."""
-    ((_, plain_calibration),) = continuations(model, sae, [None], CALIBRATION, range(4))
-    ((plain_texts, plain_report),) = continuations(model, sae, [None], REPORT, range(100, 104))
+    plain = {}
+    for chat in (False, True):
+        tries_on, told_on = (REQUESTS, REPORT_REQUESTS) if chat else (CALIBRATION, REPORT)
+        plain[chat] = (
+            tries_on,
+            told_on,
+            continuations(model, sae, [None], tries_on, range(4), chat)[0],
+            continuations(model, sae, [None], told_on, range(100, 104), chat)[0],
+        )
     out = {}
     for name in names:
-        keywords = bench.concepts()[name].keywords
+        chat = name in CHATS
+        tries_on, told_on, (_, plain_calibration), (plain_texts, plain_report) = plain[chat]
+        keywords = (*bench.concepts()[name].keywords, *ALSO.get(name, ()))
         made = blends(sae, found, name, causes[name])
         ways = {how: vector(sae, blend) for how, blend in made.items() if blend}
         ways["DiffMean"] = found.values[name] / found.values[name].norm()
         tries = [(how, s) for how in ways for s in STRENGTHS]
-        scored = continuations(model, sae, [ways[h] * (s * found.norm) for h, s in tries], CALIBRATION, range(4))
+        scored = continuations(model, sae, [ways[h] * (s * found.norm) for h, s in tries], tries_on, range(4), chat)
         table = {
             (h, s): (hits(t, keywords), n, quality(hits(t, keywords), n, plain_calibration))
             for (h, s), (t, n) in zip(tries, scored, strict=True)
@@ -255,7 +310,7 @@ def choose_blends(
         ours = max((how for how in ways if how != "DiffMean"), key=lambda how: table[how, best[how]][2])
         finals = [ours, "DiffMean"]
         reported = continuations(
-            model, sae, [ways[h] * (best[h] * found.norm) for h in finals], REPORT, range(100, 104)
+            model, sae, [ways[h] * (best[h] * found.norm) for h in finals], told_on, range(100, 104), chat
         )
         result: dict[str, Any] = {"blend": made[ours], "how": ours, "dose_rn": best[ours]}
         for how, (texts, nats) in zip(finals, reported, strict=True):
@@ -284,9 +339,8 @@ def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[st
     held_texts, held_labels = lines("heldout", 11)
     maxima = np.zeros((len(held_texts), sae.d_sae), np.float32)
     for batch, part in batches(model, held_texts):
-        x = model.values(batch, [sae.site])[sae.site].float()
-        for row, index in enumerate(part):
-            maxima[index] = sae.encode(x[row][batch.content[row]]).max(0).values
+        x = model.values(batch, [sae.site])[sae.site]
+        maxima[part] = sae.encode(x).mul_(batch.content[..., None]).amax(1).numpy()
     ranked = ranks(maxima)
     for name in bench.concepts():
         feature = int(np.argmax(found.auroc[name]))

@@ -47,16 +47,18 @@ def maxima(model: Model, sae: Sae, texts: list[str]) -> tuple[np.ndarray, np.nda
     values, errors, l0, cosine = [], 0.0, 0.0, 0.0
     for batch, part in batches(model, texts):
         x = model.values(batch, [sae.site])[sae.site].float()
-        for row, index in enumerate(part):
-            own = x[row][batch.content[row]]
-            f = sae.encode(own)
-            rebuilt = sae.decode(f, own)
-            features[index] = f.max(0).values
-            coordinates[index] = torch.cat([own.max(0).values, -own.min(0).values])
-            values.append(own)
-            errors += float((own - rebuilt).pow(2).sum())
-            l0 += float((f > 0).sum())
-            cosine += float(torch.cosine_similarity(own, rebuilt, dim=1).sum())
+        inside = batch.content[..., None]
+        f = sae.encode(x).mul_(inside)
+        features[part] = f.amax(1).numpy()
+        lowest = torch.finfo(torch.float32).min
+        both = [x.masked_fill(~inside, lowest).amax(1), (-x).masked_fill(~inside, lowest).amax(1)]
+        coordinates[part] = torch.cat(both, 1).numpy()
+        own, f = x[batch.content], f[batch.content]
+        rebuilt = sae.decode(f, own)
+        values.append(own)
+        errors += float((own - rebuilt).pow(2).sum())
+        l0 += float((f > 0).sum())
+        cosine += float(torch.cosine_similarity(own, rebuilt, dim=1).sum())
     every = torch.cat(values)
     figures = {
         "explained_variance": 1 - errors / float((every - every.mean(0)).pow(2).sum()),

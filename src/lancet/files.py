@@ -124,7 +124,8 @@ def _explained(path: Path) -> Iterator[None]:
                 f"the disk is full: {path} was not written and nothing half-written was left; "
                 f"free some space or choose another folder"
             ) from error
-        if code in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EPERM):
+        denied = (errno.EACCES, errno.EROFS, errno.EPERM)
+        if code in (*denied, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST):
             raise UsageError(
                 f"cannot write {path}: {os.strerror(code)}; choose a path in a folder that you may write to"
             ) from error

@@ -128,15 +128,23 @@ def _from_folder(name: str, folder: Path, device: str, dtype: torch.dtype, note:
         check_safetensors(file)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    loudness = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report on weights that are missing is read here, not printed
     try:
         # With the dtype of the file, on the CPU, transformers maps the weights: no second copy in memory.
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        hf, told = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"transformers cannot open {folder}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DamagedError(f"transformers cannot open {folder}: {why}") from error
     finally:
+        logging.set_verbosity(loudness)
         if bars:
             logging.enable_progress_bar()
+    if lacking := sorted(told["missing_keys"]):  # transformers would go on with random numbers there
+        raise DamagedError(f"{folder} lacks {len(lacking)} weights ({lacking[0]}, ...); fetch it again")
     if not tokenizer.is_fast:
         raise MissingError(f"{name} has no fast tokenizer, which positions need; install `tokenizers` support for it")
     if device != "cpu":
@@ -235,6 +243,8 @@ def sae_from_folder(folder: Path) -> Sae:
         raise DamagedError(f"{folder} holds pickles ({', '.join(pickles)}), which are never opened; get safetensors")
     check_safetensors(weights)
     tensors = load_file(weights)
+    if lacking := [name for name in ("W_enc", "W_dec", "b_dec") if name not in tensors]:
+        raise DamagedError(f"{weights} lacks {', '.join(lacking)}; it is not an SAE in sae-lens' layout")
     metadata = config.get("metadata", {})
     hook = metadata.get("hook_name") or config.get("hook_name")
     if hook is None:
@@ -245,7 +255,7 @@ def sae_from_folder(folder: Path) -> Sae:
     return Sae(
         name=folder.name,
         site=Site.parse(hook),
-        architecture=config["architecture"],
+        architecture=config.get("architecture", "unnamed"),
         k=int(config.get("k", 0)),
         normalize=config.get("normalize_activations", "none"),
         apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),

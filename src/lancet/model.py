@@ -200,6 +200,12 @@ class Model:
         return turns
 
     def _tokens(self, text: str, start: int | None, role: Callable[[int], str]) -> Tokens:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair: bytes that were not UTF-8 on the command line
+            raise UsageError(
+                f"the text is not valid Unicode at character {error.start + 1}; give it in UTF-8"
+            ) from error
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids: list[int] = list(encoding["input_ids"])
         spans = [(int(begin), int(end)) for begin, end in encoding["offset_mapping"]]

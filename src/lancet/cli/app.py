@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lancet.errors import UsageError
+
 app = typer.Typer(
     name="lancet",
     help="A home lab for dissecting language models with sparse autoencoders (SAEs). 柳叶刀：在家解剖语言模型。",
@@ -25,19 +27,33 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md has
 
 
 def given(text: str) -> str:
-    """The argument itself, or standard input for `-`."""
-    return sys.stdin.read().rstrip("\n") if text == "-" else text
+    """The argument itself, or standard input for `-`: UTF-8, else what the console's encoding makes of it."""
+    if text != "-":
+        return text
+    raw = sys.stdin.buffer.read()
+    for encoding in ("utf-8-sig", sys.stdin.encoding or "ascii"):
+        try:
+            return raw.decode(encoding).replace("\r\n", "\n").rstrip("\n")
+        except UnicodeDecodeError:
+            continue
+    raise UsageError("standard input is not text in UTF-8; convert it first")
 
 
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         from lancet import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
