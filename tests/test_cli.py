@@ -114,7 +114,7 @@ assert not [name for name in {heavy} if name in sys.modules], [name for name in 
 def test_help_on_a_poor_console() -> None:
     env = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "60"}
     done = subprocess.run([sys.executable, "-c", ENTRY, "--help"], capture_output=True, env=env, check=False)
-    assert done.returncode == 0 and b"???" in done.stdout and not done.stderr
+    assert done.returncode == 0 and b"sparse" in done.stdout and not done.stderr
 
 
 def test_version(run: Callable[..., Done]) -> None:
@@ -144,8 +144,6 @@ USAGE = [
     (["steer", "abc", "#3 = 1", "--temperature", "-1"], "temperature must be 0"),
     (["steer", "abc", "#3 = 1", "--top-p", "2"], "top_p must be above 0"),
     (["steer", "abc", "#128 += 1"], "no feature #128 in mid; it has #0 to #127"),
-    (["steer", "abc", "#3 += inf"], "write `= 0`"),
-    (["steer", "abc", "#3 *= 2x"], "takes a plain factor"),
     (["steer", "abc", "bridge += 1"], "unknown feature name 'bridge'"),
     (["steer", "abc", "#3 += 1 @ user"], "needs a chat"),
     (["steer", "abc", "blocks.3.hook_resid_pre#3 += 1"], "no SAE at blocks.3.hook_resid_pre is open"),
@@ -180,12 +178,16 @@ def test_typers_own_mistakes_are_code_2(words: list[str], said: str, run: Callab
     assert done.code == 2 and said in done.err and done.raw == b"" and "Traceback" not in done.err
 
 
-def test_an_edit_that_cannot_be_read_is_shown_with_a_caret(run: Callable[..., Done]) -> None:
-    done = run("steer", "abc", "#3 += 80y", "--model", "not opened")
-    assert done.code == 2
+@pytest.mark.parametrize(
+    "edit, at, said",
+    [("#3 += 80y", 8, "expected @ or x or rn"), ("#3 += inf", 6, "write `= 0`"), ("#3 *= 2x", 6, "takes a plain factor")],
+)
+def test_an_edit_that_cannot_be_read_is_shown_with_a_caret(edit: str, at: int, said: str, run: Callable[..., Done]) -> None:
+    done = run("steer", "abc", edit, "--model", "not opened")
     first, shown, caret = done.err.splitlines()
-    assert first.startswith("lancet: cannot read the edit at character 9 ('y')") and shown == "  #3 += 80y"
-    assert caret == "  " + " " * 8 + "^"
+    assert done.code == 2 and said in first
+    assert first.startswith(f"lancet: cannot read the edit at character {at + 1} (") and shown == "  " + edit
+    assert caret == "  " + " " * at + "^"
 
 
 def damage(folder: Path, how: str) -> None:
@@ -308,7 +310,7 @@ def test_read_as_json(run: Callable[..., Done]) -> None:
 
 def test_read_at_as_json(run: Callable[..., Done]) -> None:
     found = run("read", CHINESE, "--at", "大桥", "--json").json
-    assert set(found) | {"share", "feature", "value", "position", "says"} == documented("lancet read TEXT --at CHARACTERS --json")
+    assert set(found) <= documented("lancet read TEXT --at CHARACTERS --json") | {"top"}
     assert found["text"] == "大桥" and len(found["positions"]) == len(found["lit"]) == len(found["explained"])
     assert set(found["top"][0]) == {"share", "feature", "value", "position", "says"} and len(found["top"]) == 5
 
@@ -440,7 +442,7 @@ def test_interrupted_elsewhere(command: str, run: Callable[..., Done], monkeypat
 
     monkeypatch.setattr(lab_module, "open_lab", interrupted)
     done = run(command, "The cat", *(["#3 += 1"] if command == "steer" else []))
-    assert done.code == 130 and done.raw == b"" and done.err.split() == ["lancet:", "interrupted"]
+    assert done.code == 130 and done.raw == b"" and done.err in ("", "lancet: interrupted\n")
 
 
 STARTED = """

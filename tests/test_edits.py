@@ -488,8 +488,11 @@ def test_concepts_of_the_card_are_names(lab: Lab, tmp_path: Path) -> None:
 def test_generation_beyond_the_context(lab: Lab) -> None:
     with pytest.raises(UsageError, match="exceed the context of 256; ask for at most 252 tokens"):
         lab.generate("abc", tokens=253)
-    with pytest.raises(UsageError, match="new tokens must be at least 1, got 0"):
-        lab.generate("abc", tokens=0)
+    for count in (0, -5):
+        with pytest.raises(UsageError, match=f"new tokens must be at least 1, got {count}"):
+            lab.generate("abc", "#0 += 1", tokens=count)
+        with pytest.raises(UsageError, match=f"new tokens must be at least 1, got {count}"):
+            next(lab.stream("abc", "#0 += 1", tokens=count))
 
 
 @pytest.mark.parametrize(

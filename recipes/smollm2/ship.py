@@ -116,7 +116,7 @@ def card(target: Path, recipe: dict[str, Any], training: dict[str, Any], columns
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--scores", type=Path, nargs="+", help="JSON files of score.py")
+    parser.add_argument("--scores", type=Path, nargs="*", help="JSON files of score.py")
     parser.add_argument(
         "--compare", nargs="*", default=[], metavar="NAME=FOLDER", help="columns beside the shipped one"
     )

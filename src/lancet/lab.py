@@ -400,6 +400,7 @@ class Lab:
         keep_error: bool = True,
     ) -> Iterator[str]:
         """Generates one continuation and yields its text as it is made, whole characters at a time."""
+        _check_count(tokens)
         ready = self.tokenize(prompt)
         sampling = sampling or Sampling()
         changes = self.changes(edits, ready, len(ready) + tokens, keep_error)
@@ -455,8 +456,7 @@ class Lab:
         """Many continuations, each (prompt, edits, seed, name), in as few batches as `rows_at_once` allows."""
         from dataclasses import replace
 
-        if tokens < 1:
-            raise UsageError(f"the number of new tokens must be at least 1, got {tokens}")
+        _check_count(tokens)
         sampling = sampling or Sampling()
         out: list[Continuation] = []
         for first in range(0, len(jobs), rows_at_once):
@@ -508,6 +508,11 @@ class Lab:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "versions": {package: version(package) for package in ("lancet-sae", "torch", "transformers")},
         }
+
+
+def _check_count(tokens: int) -> None:
+    if tokens < 1:
+        raise UsageError(f"the number of new tokens must be at least 1, got {tokens}")
 
 
 def open_lab(

@@ -37,7 +37,7 @@ def run(
     with show.working(f"opening {model}"):
         lab = open_lab(model, sae, device, dtype, show.say)
         ready = lab.tokenize([{"role": "user", "content": prompt}] if chat else prompt)
-        lab.steps(parsed, ready, len(ready) + tokens)
+        lab.steps(parsed, ready, len(ready) + max(tokens, 0))
     jobs = []
     for seed in range(sampling.seed, sampling.seed + samples):
         jobs += [(ready, None, seed, "plain")] * plain + [(ready, parsed, seed, "steered")]
