@@ -26,7 +26,7 @@ VOCABULARY = 50_257
 SITE = "blocks.6.hook_resid_pre"
 WIDTH = 24_576
 LIT = 64  # features that fire on a token
-TEXTS = 40  # for calibrating and for the facts of random SAEs, which mean nothing
+TEXTS = 100  # for calibrating random SAEs and for their facts, which mean nothing
 PROMPT = "Golden Gate"  # a start token and eleven bytes: twelve tokens
 SENTENCE = "The Golden Gate Bridge is located in San Francisco."
 GROCERY = "I went to the grocery store to buy"
@@ -53,7 +53,7 @@ def gpt2(settings: Settings) -> Lab:
     model, sae = gpt2_folders(settings)
     with own_cache(settings):
         lab = lancet.open(str(model), sae=str(sae), device="cpu", dtype="float32")
-        texts, facts.MEASURED_TEXTS = facts.MEASURED_TEXTS, TEXTS
+        texts, facts.MEASURED_TEXTS = facts.MEASURED_TEXTS, TEXTS // 4
         try:
             lab.facts()  # measured the first time, and kept where fresh processes find them
         finally:
@@ -131,7 +131,7 @@ def smollm2_sae(settings: Settings) -> str | None:
         model = open_model("smollm2", "cpu", "float32")
         sae = calibrate(model, random_sae(576, 8192, "jumprelu", site=Site(12)))
         # A bundled SAE brings its facts, effects included: looking their words up is part of reading.
-        known = facts.measure(model, sae, facts.neutral_texts(TEXTS))
+        known = facts.measure(model, sae, facts.neutral_texts(TEXTS // 4))
         generator = torch.Generator().manual_seed(0)
         known.effect_ids = torch.randint(300, 49_000, (sae.d_sae, 20), generator=generator)
         known.effect_values = torch.rand(sae.d_sae, 20, generator=generator).sort(descending=True).values
@@ -149,13 +149,13 @@ def smollm2_named(settings: Settings) -> str:
 
 
 def calibrate(model: Model, sae: Any) -> Any:
-    """Shifts an SAE's biases so that on average LIT features fire on a token of everyday text."""
+    """Shifts an SAE's biases so that on average LIT features fire on a token of a short text."""
     import torch
 
     from lancet import facts
 
-    batch = model.batch([model.tokenize(text) for text in facts.neutral_texts(TEXTS)])
-    x: Tensor = model.values(batch, [sae.site])[sae.site][batch.content].float()[:1000]
+    batch = model.batch([model.tokenize(text).ids[:12] for text in facts.neutral_texts(TEXTS)])
+    x: Tensor = model.values(batch, [sae.site])[sae.site][batch.content].float()
     sae.b_dec = sae.in_basis(x).mean(0)
     sae.W_enc = sae.W_dec.t().clone()
     sae.b_enc = torch.zeros(sae.d_sae)

@@ -29,7 +29,9 @@ def random_lab(model: Model, architecture: str = "standard", d_sae: int = 1024, 
     return Lab(model, [random_sae(model.d_model, d_sae, architecture, site=site, **kwargs)])  # type: ignore[arg-type]
 
 
-def with_facts(lab: Lab, path: Path, maximum: Sequence[float], norm: float, density: Sequence[float] = (), **more: Any) -> Lab:
+def with_facts(
+    lab: Lab, path: Path, maximum: Sequence[float], norm: float, density: Sequence[float] = (), **more: Any
+) -> Lab:
     """The same lab with facts of known numbers, shipped in a file; features that are not listed get 0."""
 
     def padded(values: Sequence[float]) -> Tensor:
@@ -46,7 +48,7 @@ def generated(
     tokens: int,
     forced: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[list[int]], Tensor]:
-    """The cached loop, greedily or with forced tokens: ids of each row, and the logits [rows, tokens, vocab] behind them."""
+    """The cached loop, greedily or with forced tokens: ids of each row, and the logits [rows, tokens, vocab]."""
     seen: list[Tensor] = []
     handle = model.arch.lm_head.register_forward_hook(lambda _module, _args, out: seen.append(out[:, -1].clone()))
 
@@ -66,7 +68,9 @@ def longer(tokens: Tokens, ids: Sequence[int]) -> Tokens:
     """The same text with more tokens after it."""
     more = len(ids)
     end = len(tokens.text)
-    return Tokens(tokens.text, (*tokens.ids, *ids), tokens.spans + ((end, end),) * more, tokens.roles + ("text",) * more)
+    return Tokens(
+        tokens.text, (*tokens.ids, *ids), tokens.spans + ((end, end),) * more, tokens.roles + ("text",) * more
+    )
 
 
 SAE_CONFIG = {"dtype": "float32", "device": "cpu", "normalize_activations": "none", "reshape_activations": "none"}

@@ -1,5 +1,6 @@
-"""The command line against its contract: exit codes and one line for each mistake, JSON against its documentation, plain text
-in a pipe, colours in a terminal, consoles of every encoding, and Ctrl-C. A random GPT-2 and a random SAE in folders."""
+"""The command line against its contract: exit codes and one line for each mistake, JSON against its documentation,
+plain text in a pipe, colours in a terminal, consoles of every encoding, and Ctrl-C. The model is a random GPT-2 and the
+SAE a random one, both in folders."""
 
 from __future__ import annotations
 
@@ -114,12 +115,15 @@ assert not [name for name in {heavy} if name in sys.modules], [name for name in 
 def test_help_on_a_poor_console() -> None:
     env = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "60"}
     done = subprocess.run([sys.executable, "-c", ENTRY, "--help"], capture_output=True, env=env, check=False)
-    assert done.returncode == 0 and b"sparse" in done.stdout and not done.stderr
+    assert done.returncode == 0
+    assert b"sparse" in done.stdout
+    assert not done.stderr
 
 
 def test_version(run: Callable[..., Done]) -> None:
     done = run("--version", bare=True)
-    assert done.code == 0 and re.fullmatch(r"\d+\.\d+\.\d+\n", done.out)
+    assert done.code == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", done.out)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -163,30 +167,46 @@ TYPERS = [
 ]
 
 
-@pytest.mark.parametrize("words, said", USAGE + BARE, ids=str)
-def test_mistakes_are_one_line_and_code_2(words: list[str], said: str, run: Callable[..., Done], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "said"), USAGE + BARE, ids=str)
+def test_mistakes_are_one_line_and_code_2(
+    words: list[str], said: str, run: Callable[..., Done], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     filled = [word.replace("{tmp}", str(tmp_path)).replace("{file}", str(tmp_path / "file")) for word in words]
     done = run(*filled, bare=(words, said) in BARE)
-    assert done.code == 2 and done.raw == b""
-    assert said in done.err and done.err.startswith("lancet: ") and len(done.err.splitlines()) == 1
+    assert done.code == 2
+    assert done.raw == b""
+    assert said in done.err
+    assert done.err.startswith("lancet: ")
+    assert len(done.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("words, said", TYPERS, ids=str)
+@pytest.mark.parametrize(("words", "said"), TYPERS, ids=str)
 def test_typers_own_mistakes_are_code_2(words: list[str], said: str, run: Callable[..., Done]) -> None:
     done = run(*words, bare=True)
-    assert done.code == 2 and said in done.err and done.raw == b"" and "Traceback" not in done.err
+    assert done.code == 2
+    assert said in done.err
+    assert done.raw == b""
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize(
-    "edit, at, said",
-    [("#3 += 80y", 8, "expected @ or x or rn"), ("#3 += inf", 6, "write `= 0`"), ("#3 *= 2x", 6, "takes a plain factor")],
+    ("edit", "at", "said"),
+    [
+        ("#3 += 80y", 8, "expected @ or x or rn"),
+        ("#3 += inf", 6, "write `= 0`"),
+        ("#3 *= 2x", 6, "takes a plain factor"),
+    ],
 )
-def test_an_edit_that_cannot_be_read_is_shown_with_a_caret(edit: str, at: int, said: str, run: Callable[..., Done]) -> None:
+def test_an_edit_that_cannot_be_read_is_shown_with_a_caret(
+    edit: str, at: int, said: str, run: Callable[..., Done]
+) -> None:
     done = run("steer", "abc", edit, "--model", "not opened")
     first, shown, caret = done.err.splitlines()
-    assert done.code == 2 and said in first
-    assert first.startswith(f"lancet: cannot read the edit at character {at + 1} (") and shown == "  " + edit
+    assert done.code == 2
+    assert said in first
+    assert first.startswith(f"lancet: cannot read the edit at character {at + 1} (")
+    assert shown == "  " + edit
     assert caret == "  " + " " * at + "^"
 
 
@@ -226,8 +246,11 @@ def test_damaged_folders_are_one_line_and_code_1(
     (folder / "facts.safetensors").unlink(missing_ok=True)
     damage(folder, how)
     done = run("read", "abc", what, str(folder))
-    assert done.code == 1 and done.raw == b"" and "damaged" in done.err
-    assert done.err.startswith("lancet: ") and len(done.err.splitlines()) == 1
+    assert done.code == 1
+    assert done.raw == b""
+    assert "damaged" in done.err
+    assert done.err.startswith("lancet: ")
+    assert len(done.err.splitlines()) == 1
 
 
 def test_a_weight_of_another_shape(run: Callable[..., Done], folders: tuple[str, str], tmp_path: Path) -> None:
@@ -240,11 +263,13 @@ def test_a_weight_of_another_shape(run: Callable[..., Done], folders: tuple[str,
     tensors["transformer.h.2.mlp.c_fc.weight"] = torch.zeros(64, 8)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     done = run("read", "abc", "--model", str(folder))
-    assert done.code == 1 and done.err.startswith("lancet: transformers cannot open") and len(done.err.splitlines()) == 1
+    assert done.code == 1
+    assert done.err.startswith("lancet: transformers cannot open")
+    assert len(done.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    "change, code, said",
+    ("change", "code", "said"),
     [
         ({"d_model": 32}, 1, "reads vectors of width 32, .* has width 64"),
         ({"layer": 9}, 2, "no site blocks.9.hook_resid_pre"),
@@ -254,26 +279,37 @@ def test_a_weight_of_another_shape(run: Callable[..., Done], folders: tuple[str,
     ],
     ids=str,
 )
-def test_saes_that_do_not_fit(change: dict[str, Any], code: int, said: str, run: Callable[..., Done], tmp_path: Path) -> None:
+def test_saes_that_do_not_fit(
+    change: dict[str, Any], code: int, said: str, run: Callable[..., Done], tmp_path: Path
+) -> None:
     config = {name: value for name, value in change.items() if name not in ("d_model", "layer")}
-    folder = save_sae(tmp_path / "sae", random_sae(change.get("d_model", 64), 128, site=Site(change.get("layer", 2))), **config)
+    folder = save_sae(
+        tmp_path / "sae", random_sae(change.get("d_model", 64), 128, site=Site(change.get("layer", 2))), **config
+    )
     done = run("read", "abc", "--sae", str(folder))
-    assert done.code == code and re.search(said, done.err) and len(done.err.splitlines()) == 1
+    assert done.code == code
+    assert re.search(said, done.err)
+    assert len(done.err.splitlines()) == 1
 
 
 def test_a_pickle_and_a_folder_without_parts(run: Callable[..., Done], tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(3)}, tmp_path / "sae.pt")
     done = run("read", "abc", "--sae", str(tmp_path / "sae.pt"))
-    assert done.code == 1 and "is a pickle, which can run code and is never opened" in done.err
+    assert done.code == 1
+    assert "is a pickle, which can run code and is never opened" in done.err
     done = run("read", "abc", "--sae", str(tmp_path))
-    assert done.code == 2 and "has no cfg.json" in done.err
+    assert done.code == 2
+    assert "has no cfg.json" in done.err
     done = run("read", "abc", "--model", str(tmp_path))
-    assert done.code == 2 and "has no config.json" in done.err
+    assert done.code == 2
+    assert "has no config.json" in done.err
 
 
 def test_no_sae_ships_for_a_folder(run: Callable[..., Done], folders: tuple[str, str]) -> None:
     done = run("read", "abc", "--model", folders[0], bare=True)
-    assert done.code == 2 and "no SAE ships for" in done.err and "name one with --sae FOLDER" in done.err
+    assert done.code == 2
+    assert "no SAE ships for" in done.err
+    assert "name one with --sae FOLDER" in done.err
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
@@ -289,10 +325,12 @@ def documented(heading: str) -> set[str]:
 def test_read_in_a_pipe(run: Callable[..., Done]) -> None:
     done = run("read", CHINESE, "--top", "3")
     lines = done.out.splitlines()
-    assert done.code == 0 and lines[0].split("\t") == ["position", "token", "lit", "explained", "features"]
+    assert done.code == 0
+    assert lines[0].split("\t") == ["position", "token", "lit", "explained", "features"]
     assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(1, len(lines))]
     assert all(re.fullmatch(r"#\d+ -?\d+\.\d(  #\d+ -?\d+\.\d){2}", line.split("\t")[4]) for line in lines[1:])
-    assert "\x1b" not in done.out and "\x1b" not in done.err
+    assert "\x1b" not in done.out
+    assert "\x1b" not in done.err
     assert "features that fire on more than a tenth of all tokens are hidden; --dense shows them" in done.err
     assert "float32 on cpu" in done.err
     assert "hidden" not in run("read", CHINESE, "--dense").err
@@ -300,8 +338,10 @@ def test_read_in_a_pipe(run: Callable[..., Done]) -> None:
 
 def test_read_as_json(run: Callable[..., Done]) -> None:
     done = run("read", CHINESE, "--json", "--top", "2")
-    assert done.code == 0 and CHINESE in done.out
-    assert set(done.json) <= documented("lancet read TEXT --json") and done.json["text"] == CHINESE
+    assert done.code == 0
+    assert CHINESE in done.out
+    assert set(done.json) <= documented("lancet read TEXT --json")
+    assert done.json["text"] == CHINESE
     assert all(len(token["top"]) == 2 and token["top"][0]["feature"] >= 20 for token in done.json["tokens"])
     dense = run("read", CHINESE, "--json", "--dense", "--top", "128").json
     assert dense["hidden_dense"] == 0 < done.json["hidden_dense"]
@@ -311,20 +351,24 @@ def test_read_as_json(run: Callable[..., Done]) -> None:
 def test_read_at_as_json(run: Callable[..., Done]) -> None:
     found = run("read", CHINESE, "--at", "大桥", "--json").json
     assert set(found) <= documented("lancet read TEXT --at CHARACTERS --json") | {"top"}
-    assert found["text"] == "大桥" and len(found["positions"]) == len(found["lit"]) == len(found["explained"])
-    assert set(found["top"][0]) == {"share", "feature", "value", "position", "says"} and len(found["top"]) == 5
+    assert found["text"] == "大桥"
+    assert len(found["positions"]) == len(found["lit"]) == len(found["explained"])
+    assert set(found["top"][0]) == {"share", "feature", "value", "position", "says"}
+    assert len(found["top"]) == 5
 
 
 def test_read_at_in_a_pipe(run: Callable[..., Done]) -> None:
     lines = run("read", "The cat", "--at", "cat").out.splitlines()
     assert re.fullmatch(r"' cat' \(position 2\): \d+ of 128 features lit, -?\d+% explained", lines[0])
-    assert lines[1].split("\t") == ["feature", "strength", "", "share", "makes the model say"] and len(lines) == 7
+    assert lines[1].split("\t") == ["feature", "strength", "", "share", "makes the model say"]
+    assert len(lines) == 7
 
 
 def test_read_draws(run: Callable[..., Done], tmp_path: Path) -> None:
     for words in ([], ["--at", "cat"]):
         done = run("read", "The cat", "--plot", str(tmp_path / "new" / "picture.png"), *words)
-        assert done.code == 0 and f"drew {tmp_path}" in done.err
+        assert done.code == 0
+        assert f"drew {tmp_path}" in done.err
         assert (tmp_path / "new" / "picture.png").read_bytes()[:4] == b"\x89PNG"
         (tmp_path / "new" / "picture.png").unlink()
 
@@ -344,9 +388,13 @@ def test_steer_as_json(run: Callable[..., Done]) -> None:
     assert set(plain) == set(steered) == {"name", "prompt", "text", "tokens", "edits", "ended", "sampling", "recipe"}
     names = documented("lancet steer PROMPT EDIT... --json")
     assert set(plain) | set(plain["sampling"]) | set(plain["recipe"]) <= names
-    assert (plain["name"], steered["name"]) == ("plain", "steered") and plain["prompt"] == CHINESE
-    assert plain["edits"] == [] and steered["edits"] == ["#3 += 0.5rn", "(#5 - #6) = 2 @ last"]
-    assert plain["sampling"]["temperature"] == 0 and len(steered["tokens"]) == 4 and steered["recipe"]["saes"] == ["mid"]
+    assert (plain["name"], steered["name"]) == ("plain", "steered")
+    assert plain["prompt"] == CHINESE
+    assert plain["edits"] == []
+    assert steered["edits"] == ["#3 += 0.5rn", "(#5 - #6) = 2 @ last"]
+    assert plain["sampling"]["temperature"] == 0
+    assert len(steered["tokens"]) == 4
+    assert steered["recipe"]["saes"] == ["mid"]
     assert run(*words).json == [plain, steered]
     blunt = run(*words[:3], "--blunt", *words[4:], "--no-plain").json
     assert [row["name"] for row in blunt] == ["steered"]
@@ -368,23 +416,28 @@ def test_standard_input(run: Callable[..., Done]) -> None:
         (text.replace("\n", "\r\n").encode("utf-8-sig") + b"\r\n", "utf-8"),
     ):
         done = run("read", "-", "--json", stdin=raw, encoding=encoding)
-        assert done.code == 0 and done.json["text"] == text, (raw, encoding)
+        assert done.code == 0, (raw, encoding)
+        assert done.json["text"] == text, (raw, encoding)
     assert run("steer", "-", "#3 += 1", "--tokens", "1", "--json", stdin=b"The cat\n").json[0]["prompt"] == "The cat"
     done = run("read", "-", stdin=b"\xff\xfe\xfd")
-    assert done.code == 2 and "standard input is not text in UTF-8" in done.err
+    assert done.code == 2
+    assert "standard input is not text in UTF-8" in done.err
     done = run("read", "-", stdin=b"\n")
-    assert done.code == 2 and "the text is empty" in done.err
+    assert done.code == 2
+    assert "the text is empty" in done.err
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "ascii", "cp1252", "latin-1"])
 def test_consoles_that_lack_characters(encoding: str, run: Callable[..., Done]) -> None:
     for words in (["read", CHINESE], ["read", CHINESE, "--at", "🦙"], ["steer", CHINESE, "#3 += 1", "--tokens", "2"]):
         done = run(*words, encoding=encoding)
-        assert done.code == 0 and "Traceback" not in done.err
+        assert done.code == 0
+        assert "Traceback" not in done.err
         assert ("大" in done.out) == (encoding == "gbk" and "--at" not in words)
     for words in (["read", CHINESE], ["read", "A bridge"], ["steer", CHINESE, "#3 += 1", "--tokens", "2"]):
         done = run(*words, "--json", encoding=encoding)
-        assert done.code == 0 and done.json  # nothing was replaced: it is read back as it was
+        assert done.code == 0
+        assert done.json
     assert run("read", CHINESE, "--json", encoding=encoding).json["text"] == CHINESE
 
 
@@ -393,7 +446,8 @@ def test_a_real_process_on_such_a_console(encoding: str, folders: tuple[str, str
     words = ["read", CHINESE, "--model", folders[0], "--sae", folders[1], "--device", "cpu", "--dtype", "float32"]
     env = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", ENTRY, *words], capture_output=True, env=env, check=False)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
     assert done.stdout.decode(encoding).startswith("position\ttoken")
 
 
@@ -414,7 +468,8 @@ def test_colours_in_a_terminal(plain: bool, run: Callable[..., Done], monkeypatc
             terminal.flush()
             shown += os.read(outer, 1_000_000).decode(errors="replace")
         os.close(outer)
-    assert "│" in shown and "─" in shown
+    assert "│" in shown
+    assert "─" in shown
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)) == (not plain)
 
 
@@ -432,7 +487,8 @@ def test_interrupted_writing_keeps_what_was_written(run: Callable[..., Done], mo
 
     monkeypatch.setattr(lab_module, "rows", until_three)
     found = run("steer", "The cat", "#3 += 1", "--json", "--seed", "1").json
-    assert [row["ended"] for row in found] == ["interrupted"] * 2 and all(len(row["tokens"]) == 3 for row in found)
+    assert [row["ended"] for row in found] == ["interrupted"] * 2
+    assert all(len(row["tokens"]) == 3 for row in found)
 
 
 @pytest.mark.parametrize("command", ["read", "steer"])
@@ -442,7 +498,9 @@ def test_interrupted_elsewhere(command: str, run: Callable[..., Done], monkeypat
 
     monkeypatch.setattr(lab_module, "open_lab", interrupted)
     done = run(command, "The cat", *(["#3 += 1"] if command == "steer" else []))
-    assert done.code == 130 and done.raw == b"" and done.err in ("", "lancet: interrupted\n")
+    assert done.code == 130
+    assert done.raw == b""
+    assert done.err in ("", "lancet: interrupted\n")
 
 
 STARTED = """
@@ -460,7 +518,19 @@ lab.rows = rows
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX")
 def test_ctrl_c_while_writing(folders: tuple[str, str]) -> None:
-    words = ["steer", "The cat", "#3 += 1", "--tokens", "4000", "--model", folders[0], "--sae", folders[1], "--device", "cpu"]
+    words = [
+        "steer",
+        "The cat",
+        "#3 += 1",
+        "--tokens",
+        "4000",
+        "--model",
+        folders[0],
+        "--sae",
+        folders[1],
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED + ENTRY, *words, "--temperature", "2"],
         stdout=subprocess.PIPE,
@@ -473,24 +543,31 @@ def test_ctrl_c_while_writing(folders: tuple[str, str]) -> None:
         if "writing" in line:
             break
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     rows = [line.split("\t") for line in out.splitlines()]
-    assert process.returncode == 0 and "Traceback" not in err
-    assert [row[0] for row in rows] == ["plain", "steered"] and "interrupted" in {row[2] for row in rows}
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    assert [row[0] for row in rows] == ["plain", "steered"]
+    assert "interrupted" in {row[2] for row in rows}
     assert all(len(row[3]) > len("'The cat'") for row in rows)
 
 
 def test_a_reader_that_goes_away(folders: tuple[str, str]) -> None:
     words = ["read", "The cat " * 100, "--model", folders[0], "--sae", folders[1], "--device", "cpu"]
     process = subprocess.Popen([sys.executable, "-c", ENTRY, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.close()
-    assert b"Traceback" not in process.stderr.read() and process.wait(60) in (0, 1)
+    assert b"Traceback" not in process.stderr.read()
+    assert process.wait(300) in (0, 1)
 
 
 def test_doctor(run: Callable[..., Done]) -> None:
     found = run("doctor", "--json", bare=True)
-    assert found.code == 0 and set(found.json) == {"versions", "devices", "memory", "caches", "model", "remedies"}
-    assert found.json["versions"]["torch"] == torch.__version__ and found.json["devices"]["chosen"] in ("cpu", "cuda", "mps")
+    assert found.code == 0
+    assert set(found.json) == {"versions", "devices", "memory", "caches", "model", "remedies"}
+    assert found.json["versions"]["torch"] == torch.__version__
+    assert found.json["devices"]["chosen"] in ("cpu", "cuda", "mps")
     lines = run("doctor", bare=True, encoding="gbk").out.splitlines()
-    assert "what to do" in lines and any(line.startswith("python\t") for line in lines)
+    assert "what to do" in lines
+    assert any(line.startswith("python\t") for line in lines)

@@ -30,7 +30,10 @@ ROWS = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 3, 4]])
 X = [2.0, 3.0, 1.0, 5.0]  # lights #0 with 2, #1 with 3 - 1 = 2, #2 with 5
 
 
-def hand_sae(site: Site = Site(1), **changes: Any) -> Sae:
+HERE = Site(1)
+
+
+def hand_sae(site: Site = HERE, **changes: Any) -> Sae:
     columns = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]])
     biases = torch.tensor([0.0, -1.0, 0.0])
     return dataclasses.replace(Sae("hand", site, "standard", columns, ROWS.clone(), torch.zeros(4), biases), **changes)
@@ -61,7 +64,7 @@ def moved(lab: Lab, edits: Any, x: list[float] = X, keep_error: bool = True) -> 
 
 
 @pytest.mark.parametrize(
-    "edits, expected",
+    ("edits", "expected"),
     [
         ("#1 += 3", [2, 9, 1, 5]),  # 3 * (0, 2, 0, 0)
         ("#1 += -3", [2, -3, 1, 5]),
@@ -98,7 +101,7 @@ def test_a_feature_that_is_off_can_be_set_and_pushed_below_zero(lab: Lab) -> Non
 
 
 @pytest.mark.parametrize(
-    "edit, expected",
+    ("edit", "expected"),
     [
         ("#0 = 7", [7, 4, 15, 20]),  # 7 * #0 + 2 * #1 + 5 * #2, and nothing else
         ("#1 *= 0", [2, 0, 15, 20]),
@@ -131,7 +134,7 @@ def test_the_blunt_form_needs_one_sae(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit, expected",
+    ("edit", "expected"),
     [  # v = #0 - #1 = (1, -2, 0, 0); X . v / v . v = -4 / 5
         ("(#0 - #1) += 2", [4, -1, 1, 5]),
         ("(#0 - #1) = 2", [4.8, -2.6, 1, 5]),
@@ -170,7 +173,7 @@ def test_recipes_of_directions_make_them_again(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    "expression, said",
+    ("expression", "said"),
     [
         ("2 * 3", "is a number, not a direction"),
         ("#0 * #1", "a direction \\* a direction has no meaning"),
@@ -204,7 +207,7 @@ def known(lab: Lab, tmp_path: Path) -> Lab:
 
 
 @pytest.mark.parametrize(
-    "edit, expected",
+    ("edit", "expected"),
     [
         ("#0 += 2x", [18, 3, 1, 5]),
         ("#0 = 0.5x", [4, 3, 1, 5]),
@@ -244,7 +247,9 @@ def test_rn_for_decoder_norm_activations(model: Model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["#1", "(#0 - #2)", "unit(#0)"])
 def test_x_without_a_known_maximum(known: Lab, target: str) -> None:
-    with pytest.raises(UsageError, match="2x needs the target's maximum activation, .* give a raw amount or one in rn"):
+    with pytest.raises(
+        UsageError, match=r"2x needs the target's maximum activation, .* give a raw amount or one in rn"
+    ):
         known.changes(f"{target} += 2x", known.tokenize("abc"), 4)
 
 
@@ -258,7 +263,8 @@ def test_scale_takes_no_unit() -> None:
 def test_infinite_amounts_are_refused(amount: str) -> None:
     with pytest.raises(UsageError, match="finite number") as caught:
         Edit.parse(f"#0 += {amount}")
-    assert "switch a feature off write `= 0`" in str(caught.value) and "finite negative number" in str(caught.value)
+    assert "switch a feature off write `= 0`" in str(caught.value)
+    assert "finite negative number" in str(caught.value)
     with pytest.raises(UsageError, match="write `= 0`"):
         Amount(float("nan"))
 
@@ -283,7 +289,7 @@ CHAT = Tokens("", tuple(range(10)), ((0, 0),) * 10, CHAT_ROLES)
 
 
 @pytest.mark.parametrize(
-    "span, expected",
+    ("span", "expected"),
     [  # a prompt of 6 tokens, 4 more to be generated
         ("all", {1, 2, 3, 4, 5, 6, 7, 8, 9}),
         ("prompt", {1, 2, 3, 4, 5}),
@@ -321,12 +327,14 @@ CHAT = Tokens("", tuple(range(10)), ((0, 0),) * 10, CHAT_ROLES)
 )
 def test_spans_are_sets_of_positions(span: str, expected: set[int]) -> None:
     mask = parse_edit(f"#0 += 1 @ {span}").span.mask(PLAIN, 10)
-    assert set(mask.nonzero()[:, 0].tolist()) == expected and mask.dtype == torch.bool and len(mask) == 10
+    assert set(mask.nonzero()[:, 0].tolist()) == expected
+    assert mask.dtype == torch.bool
+    assert len(mask) == 10
     assert torch.equal(parse_edit(f"#0 += 1 @ {span}").span.mask(PLAIN, 400)[:10], mask)  # whatever is still to come
 
 
 @pytest.mark.parametrize(
-    "span, expected",
+    ("span", "expected"),
     [  # markers are left alone
         ("system", {1}),
         ("user", {3, 4, 8}),
@@ -369,7 +377,8 @@ def values_under(lab: Lab, edits: Any, text: str = "abcdef") -> dict[Site, Tenso
 
 
 @pytest.mark.parametrize(
-    "span, touched", [("all", range(1, 7)), ("0", [0]), ("2:4", [2, 3]), ("last", [6]), ("generated", [6]), ("9:", [])]
+    ("span", "touched"),
+    [("all", range(1, 7)), ("0", [0]), ("2:4", [2, 3]), ("last", [6]), ("generated", [6]), ("9:", [])],
 )
 def test_only_the_span_is_touched(lab: Lab, span: str, touched: Any) -> None:
     site = lab.saes[0].site
@@ -413,7 +422,7 @@ def test_directions_at_different_sites_never_mix(model: Model) -> None:
     lab = Lab(model, [hand_sae(Site(1)), hand_sae(Site(2), name="late")])
     a, b = "blocks.1.hook_resid_pre#0", "blocks.2.hook_resid_pre#0"
     for mixed in (f"({a} - {b}) += 1", f"({a} + 2 * {b}) = 1", f"without({a}, {b}) *= 0"):
-        with pytest.raises(UsageError, match="lives at .* never mix"):
+        with pytest.raises(UsageError, match=r"lives at .* never mix"):
             lab.changes(mixed, PLAIN, 6)
     for mix in (Direction.__add__, Direction.__sub__, Direction.without, Direction.cosine):
         with pytest.raises(UsageError, match="never mix"):
@@ -427,7 +436,7 @@ def test_index_out_of_range(lab: Lab, edit: str) -> None:
 
 
 def test_a_site_without_an_sae(lab: Lab) -> None:
-    with pytest.raises(UsageError, match="no SAE at blocks.2.hook_resid_pre is open; open are blocks.1"):
+    with pytest.raises(UsageError, match=r"no SAE at blocks.2.hook_resid_pre is open; open are blocks.1"):
         lab.generate("abc", "blocks.2.hook_resid_pre#0 += 1", tokens=1)
     with pytest.raises(UsageError, match="no SAE is open"):
         Lab(lab.model, []).generate("abc", "#0 += 1", tokens=1)
@@ -437,7 +446,9 @@ def test_unknown_names(known: Lab) -> None:
     known.name("bridge", 0)
     known.name("shopping", 1)
     for edit in ("brigde += 1", "(bridge - brigde) += 1"):
-        with pytest.raises(UnknownName, match="unknown feature name 'brigde'; nearest: bridge; or give its number") as caught:
+        with pytest.raises(
+            UnknownName, match="unknown feature name 'brigde'; nearest: bridge; or give its number"
+        ) as caught:
             known.changes(edit, PLAIN, 6)
         assert caught.value.nearest == ["bridge"]
 
@@ -458,7 +469,8 @@ def test_names(known: Lab) -> None:
     assert moved(known, "span = 7") == [7, 3, 1, 5]
     assert moved(known, "mix += 2") == [3, 7, 1, 5]
     assert moved(known, "arrow += 1") == [2, 3, 4, 9]
-    assert known.feature("span").index == 0 and known.feature("bridge").maximum == 8
+    assert known.feature("span").index == 0
+    assert known.feature("bridge").maximum == 8
     with pytest.raises(UsageError, match="'mix' is a direction"):
         known.feature("mix")
     for bad in ("two words", "3d", "", "a-b"):
@@ -497,7 +509,14 @@ def test_generation_beyond_the_context(lab: Lab) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -2}, {"repetition_penalty": 0}],
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -2},
+        {"repetition_penalty": 0},
+    ],
     ids=str,
 )
 def test_sampling_out_of_range(setting: dict[str, Any]) -> None:
@@ -509,5 +528,6 @@ def test_sampling_out_of_range(setting: dict[str, Any]) -> None:
 def test_row_changes_that_do_nothing_are_false(lab: Lab) -> None:
     for edits in ("#0 += 0", "#0 *= 1", "#0 = 9 @ 40:", "(#0 - #1) += 0"):
         assert not next(iter(lab.changes(edits, PLAIN, 6).values()))
-    assert not RowChange([]) and Span() == Span(("all",))
+    assert not RowChange([])
+    assert Span() == Span(("all",))
     assert next(iter(lab.changes("#0 = 0", PLAIN, 6).values()))

@@ -1,5 +1,4 @@
-"""The promises of docs/architecture.md, 'What equal means', row by row: generation against transformers' own `generate`,
-the cached loop against one uncached pass, a row of a batch against the row alone, every shortcut against the dense
+"""What 'equal' means, promise by promise: generation against transformers' own `generate`, the cached loop against one uncached pass, a row of a batch against the row alone, every shortcut against the dense
 arithmetic, and sampling against a plain loop and transformers' own scores."""
 
 from __future__ import annotations
@@ -101,7 +100,8 @@ def test_a_plain_row_beside_edited_rows(where: str, labs: Callable[[str], Lab]) 
     edits = ["#3 += 60", None, "#5 = 80 @ generated", "(#7 - #8) *= 3 @ 4:"]
     ids, expected = theirs(lab, [prompt] * 4)
     made, found = generated(lab.model, [prompt] * 4, [lab.changes(e, prompt, len(prompt) + NEW) for e in edits], NEW)
-    assert made[1] == ids[1] and torch.equal(found[1], expected[1].to(found.dtype))
+    assert made[1] == ids[1]
+    assert torch.equal(found[1], expected[1].to(found.dtype))
     for edited in (0, 2, 3):
         assert not torch.equal(found[edited], expected[edited].to(found.dtype))
 
@@ -118,7 +118,9 @@ def test_unedited_logits_of_a_whole_text(where: str, labs: Callable[[str], Lab])
 
 
 @pytest.mark.parametrize("where", FLOAT32)
-def test_text_equals_generate_until_the_end(where: str, labs: Callable[[str], Lab], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_equals_generate_until_the_end(
+    where: str, labs: Callable[[str], Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`run` ends rows where `generate` does, at any of several end tokens, with the text that it has there."""
     lab = labs(where)
     prompt = lab.tokenize(PROMPT)
@@ -129,7 +131,8 @@ def test_text_equals_generate_until_the_end(where: str, labs: Callable[[str], La
     assert ids[0] == plain[0][: end + 1]
     monkeypatch.setattr(lab.model.hf.generation_config, "eos_token_id", ends)
     row = lab.generate(prompt, tokens=NEW, sampling=GREEDY)
-    assert row.ended == "end of text" and list(row.ids) == ids[0][:-1]
+    assert row.ended == "end of text"
+    assert list(row.ids) == ids[0][:-1]
     assert row.text == lab.model.tokenizer.decode(ids[0][:-1])
     assert "".join(lab.stream(prompt, tokens=NEW, sampling=GREEDY)) == row.text
 
@@ -196,8 +199,8 @@ def alone_and_together(lab: Lab, edits: Sequence[Any]) -> tuple[Tensor, Tensor, 
 
 @pytest.fixture(scope="module")
 def plainly(labs: Callable[[str], Lab]) -> Callable[[str], float]:
-    """How far unedited rows of a batch are from themselves alone in bfloat16: transformers' own arithmetic, as the tests
-    above prove bit for bit. On smollm2, whose first token's values reach 20,000, that is 1.6e-3 and not 1e-3."""
+    """How far unedited rows of a batch are from themselves alone in bfloat16: transformers' own arithmetic, as the
+    tests above prove bit for bit. On smollm2, whose start token's values reach 20,000, it is 1.6e-3 and not 1e-3."""
     measured: dict[str, float] = {}
 
     def get(where: str) -> float:
@@ -214,7 +217,7 @@ def plainly(labs: Callable[[str], Lab]) -> Callable[[str], float]:
 def cached_and_uncached(
     lab: Lab, prompt: Tokens, edits: Sequence[Any], keep: Sequence[bool], new: int = NEW
 ) -> tuple[Tensor, Tensor]:
-    """The logits behind each new token, [rows, new, vocab], from the loop with a cache and from one pass over the text."""
+    """Logits behind each new token, [rows, new, vocab], from the loop with a cache and from one pass over the text."""
     n = len(prompt)
     changes = [lab.changes(edit, prompt, n + new, k) for edit, k in zip(edits, keep, strict=True)]
     ids, found = generated(lab.model, [prompt] * len(edits), changes, new)
@@ -278,6 +281,7 @@ def test_cached_equals_uncached_at_two_sites_and_directions(labs: Callable[[str]
 
 # ---- a row of a batch against the row alone --------------------------------------------------------------------------
 
+
 @everywhere
 def test_a_row_of_a_batch_equals_the_row_alone(
     where: str, labs: Callable[[str], Lab], plainly: Callable[[str], float]
@@ -324,7 +328,10 @@ class Case:
     steps: list[Step]
 
     def __repr__(self) -> str:
-        steps = [(s.target[1] if isinstance(s.target, tuple) else "v", s.operation, s.amount, s.mask.tolist()) for s in self.steps]
+        steps = [
+            (s.target[1] if isinstance(s.target, tuple) else "v", s.operation, s.amount, s.mask.tolist())
+            for s in self.steps
+        ]
         return f"{self.sae!r} normalize={self.sae.normalize} basis={self.sae.basis} {steps}"
 
 
@@ -372,7 +379,7 @@ def edited(case: Case, position: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unclear(case: Case, position: int) -> bool:
-    """Whether an activation that the steps read is nearer than 1e-5 (of the largest) to the threshold that decides it."""
+    """Whether an activation that the steps read is nearer than 1e-5 (of the largest) to its threshold."""
     sae = case.sae
     pre = sae._normalised(case.x[position]) @ sae.W_enc
     near = 1e-5 * max(1.0, float(pre.abs().max()))
@@ -493,7 +500,8 @@ def test_choose_follows_the_cumulative_probability() -> None:
 
 def test_draws_are_uniform_and_the_same_everywhere() -> None:
     drawn = [draw(seed, step) for seed in range(50) for step in range(100)]
-    assert all(0 <= u < 1 for u in drawn) and len(set(drawn)) == len(drawn)
+    assert all(0 <= u < 1 for u in drawn)
+    assert len(set(drawn)) == len(drawn)
     assert abs(sum(drawn) / len(drawn) - 0.5) < 0.02
     assert [round(draw(0, step), 6) for step in range(3)] == [0.342684, 0.75579, 0.773251]  # on every machine
 
@@ -501,7 +509,8 @@ def test_draws_are_uniform_and_the_same_everywhere() -> None:
 def test_chosen_tokens_have_their_probabilities() -> None:
     scores = torch.tensor([0.5, 0.3, 0.0, 0.2]).log().expand(4000, 4)
     counts = torch.bincount(choose(scores, range(4000), 3, greedy=False), minlength=4) / 4000
-    assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.0, 0.2]), atol=0.03) and counts[2] == 0
+    assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.0, 0.2]), atol=0.03)
+    assert counts[2] == 0
 
 
 @pytest.mark.parametrize(

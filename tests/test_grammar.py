@@ -1,5 +1,5 @@
-"""The notation of edits: the examples of the documentation against the trees that they mean, texts against what they are
-read back as, and the character at which a mistake is told against the character at which it was made."""
+"""The notation of edits: the examples of the documentation against the trees that they mean, texts against what they
+are read back as, and the character at which a mistake is told against the character at which it was made."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOVE, ROMANCE = Ref(name="love"), Ref(name="romance")
 
 
 @pytest.mark.parametrize(
-    "text, target, operation, amount, span",
+    ("text", "target", "operation", "amount", "span"),
     [
         ("#12345 += 80", Ref(index=12345), "add", Amount(80), ("all",)),
         ("bridge = 2x", Ref(name="bridge"), "set", Amount(2, "x"), ("all",)),
@@ -66,7 +66,7 @@ A, B, C = Ref(name="a"), Ref(name="b"), Ref(name="c")
 
 
 @pytest.mark.parametrize(
-    "text, tree",
+    ("text", "tree"),
     [
         ("a", A),
         ("((a))", A),
@@ -76,7 +76,10 @@ A, B, C = Ref(name="a"), Ref(name="b"), Ref(name="c")
         ("a + b * 2", Binary("+", A, Binary("*", B, Number(2)))),
         ("(a + b) * 2", Binary("*", Binary("+", A, B), Number(2))),
         ("a / 2 / 4", Binary("/", Binary("/", A, Number(2)), Number(4))),
-        ("0.6 * #12 + 0.4 * #77", Binary("+", Binary("*", Number(0.6), Ref(index=12)), Binary("*", Number(0.4), Ref(index=77)))),
+        (
+            "0.6 * #12 + 0.4 * #77",
+            Binary("+", Binary("*", Number(0.6), Ref(index=12)), Binary("*", Number(0.4), Ref(index=77))),
+        ),
         ("-a", Binary("*", Number(-1), A)),
         ("+a", A),
         ("-2 * a", Binary("*", Number(-2), A)),
@@ -95,8 +98,9 @@ def test_expressions(text: str, tree: Expression) -> None:
 # ---- there and back --------------------------------------------------------------------------------------------------
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
+sites = st.builds(Site, st.integers(0, 99), st.sampled_from(["resid_pre", "resid_post"]))
 refs = st.one_of(
-    st.builds(Ref, index=st.integers(0, 10**6), site=st.none() | st.builds(Site, st.integers(0, 99), st.sampled_from(["resid_pre", "resid_post"]))),
+    st.builds(Ref, index=st.integers(0, 10**6), site=st.none() | sites),
     st.builds(Ref, name=st.sampled_from(["love", "x", "rn", "all", "unit", "inf", "a_1", "柳叶刀", "naïve", "e5"])),
 )  # fmt: skip
 expressions: st.SearchStrategy[Any] = st.recursive(
@@ -131,7 +135,8 @@ def test_amounts_read_back_as_themselves(value: float) -> None:
     for unit in ("raw", "x", "rn"):
         amount = Amount(value, unit)  # type: ignore[arg-type]
         again = Amount.parse(str(amount))
-        assert again == amount and math.copysign(1, again.value) == math.copysign(1, value)
+        assert again == amount
+        assert math.copysign(1, again.value) == math.copysign(1, value)
 
 
 def test_amounts_are_written_short() -> None:
@@ -188,7 +193,7 @@ MISTAKES = [  # the text, the wrong character's first occurrence from `after` on
 ]
 
 
-@pytest.mark.parametrize("text, character, after, said", MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
+@pytest.mark.parametrize(("text", "character", "after", "said"), MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
 def test_mistakes_are_told_at_their_character(text: str, character: str, after: int, said: str) -> None:
     at = text.index(character, after) if character else len(text)
     with pytest.raises(UsageError) as caught:
@@ -196,14 +201,16 @@ def test_mistakes_are_told_at_their_character(text: str, character: str, after: 
     first, shown, caret = str(caught.value).split("\n")
     assert said in first
     assert f"at character {at + 1} ({character!r})" in first if character else "(the end)" in first
-    assert shown == "  " + text.replace("\n", " ") and caret == "  " + " " * at + "^"
+    assert shown == "  " + text.replace("\n", " ")
+    assert caret == "  " + " " * at + "^"
 
 
 def test_the_caret_counts_wide_characters_twice() -> None:
     with pytest.raises(UsageError) as caught:
         parse_edit("柳叶刀 ++ 80")
     first, _, caret = str(caught.value).split("\n")
-    assert "at character 10 (the end)" in first and caret == "  " + " " * (len("柳叶刀 ++ 80") + 3) + "^"
+    assert "at character 10 (the end)" in first
+    assert caret == "  " + " " * (len("柳叶刀 ++ 80") + 3) + "^"
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n"])

@@ -85,8 +85,8 @@ def test_the_bridges_feature_fires_at_bridge_and_hardly_elsewhere(lab: Lab) -> N
     assert len(firing) <= 2, firing
 
 
-@pytest.mark.parametrize("concept", ["golden_gate_bridge"])
-def test_steered_text_names_the_bridge_and_plain_text_does_not(lab: Lab, concept: str) -> None:
+def test_steered_text_names_the_bridge_and_plain_text_does_not(lab: Lab) -> None:
+    concept = "golden_gate_bridge"
     dose = lab.facts().concepts[concept]["dose_rn"]
     edit = f"{concept} += {dose}rn"
     jobs = [(PROMPT, row, seed, "") for row in (None, edit) for seed in range(10)]
@@ -102,10 +102,12 @@ def test_the_table_holds_for_the_manuals_examples(lab: Lab) -> None:
     for concept in ("golden_gate_bridge", "sadness", "romance", "indentation_error", "assistant_refusal"):
         entry = known.concepts[concept]
         assert entry["auroc"] > 0.9, (concept, entry["auroc"])
+        assert entry["blend_auroc"] > 0.9, (concept, entry["blend_auroc"])
         assert 1 <= len(entry["blend"]) <= 10
         assert entry["report"]["hits"] > entry["report"]["plain_hits"] + 0.2, (concept, entry["report"])
 
 
 def test_the_effect_lens_says_what_the_blend_causes(lab: Lab) -> None:
-    promoted = [token.lower() for token, _ in lab.effect("golden_gate_bridge", strength=0.6)[0].promotes]
-    assert any(word in token for token in promoted for word in ("bridge", "francisco", "golden", "bay")), promoted
+    dose = lab.facts().concepts["golden_gate_bridge"]["dose_rn"]
+    promoted = [token for token, _ in lab.effect("golden_gate_bridge", strength=dose)[0].promotes]
+    assert " bridge" in promoted, promoted

@@ -1,5 +1,5 @@
-"""Readings against plain computations: words against the bytes of the tokens that hold them, activations, shares and what is
-explained against a dense pass by hand, lists against sorted ones, and JSON against its documentation."""
+"""Readings against plain computations: words against the bytes of the tokens that hold them, activations, shares and
+what is explained against a dense pass by hand, lists against sorted ones, and JSON against its documentation."""
 
 from __future__ import annotations
 
@@ -33,9 +33,13 @@ def labs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     def get(which: str) -> Lab:
         if which not in made:
-            model = request.getfixturevalue("smollm2_f32") if which == "smollm2" else request.getfixturevalue("tiny_gpt2")()
+            model = (
+                request.getfixturevalue("smollm2_f32") if which == "smollm2" else request.getfixturevalue("tiny_gpt2")()
+            )
             path = tmp_path_factory.mktemp("facts") / "facts.safetensors"
-            words = [i for i in range(len(model.tokenizer)) if len(model.decode([i])) > 2 and model.decode([i]).isalpha()]
+            words = [
+                i for i in range(len(model.tokenizer)) if len(model.decode([i])) > 2 and model.decode([i]).isalpha()
+            ]
             ids = torch.tensor(words[:8]).expand(256, 8)
             values = torch.linspace(2, 1, 8).expand(256, 8).clone()
             values[11] = -1
@@ -81,7 +85,8 @@ def test_at_finds_words_however_they_are_cut(which: str, text: str, labs: Callab
     spot = reading.at(text)
     expected = holders(reading, labs(which).model, text)
     assert list(spot.positions) == expected
-    assert text in spot.text and spot.text in TEXT
+    assert text in spot.text
+    assert spot.text in TEXT
     spans = [reading.tokens.spans[p] for p in expected]
     assert spot.text == TEXT[spans[0][0] : spans[-1][1]]
     if which == "gpt2" and text == "Bridge":
@@ -93,13 +98,14 @@ def test_occurrences(which: str, labs: Callable[[str], Lab], readings: Any) -> N
     reading = readings(which)
     first, second = reading.at("Bridge"), reading.at("Bridge", occurrence=1)
     assert list(second.positions) == holders(reading, labs(which).model, "Bridge", 1)
-    assert max(first.positions) < min(second.positions) and "Bridge" in second.text
+    assert max(first.positions) < min(second.positions)
+    assert "Bridge" in second.text
     with pytest.raises(UsageError, match="'Bridge' does not occur 3 times in the text"):
         reading.at("Bridge", occurrence=2)
 
 
 @models
-@pytest.mark.parametrize("text, near", [("Brigde", "Bridge"), ("bridge", "Bridge"), ("Francsico", "Francisco,")])
+@pytest.mark.parametrize(("text", "near"), [("Brigde", "Bridge"), ("bridge", "Bridge"), ("Francsico", "Francisco,")])
 def test_text_that_does_not_occur(which: str, text: str, near: str, readings: Any) -> None:
     with pytest.raises(UsageError, match=f"'{text}' does not occur in the text 'The Golden .*; nearest: {near}"):
         readings(which).at(text)
@@ -122,7 +128,9 @@ def test_no_such_place(readings: Any) -> None:
 def test_every_token_once_and_never_the_start(which: str, readings: Any) -> None:
     reading = readings(which)
     assert [spot.positions for spot in reading] == [(p,) for p in range(1, len(reading))]
-    assert reading.spot([0]).lit == (0,) and reading.spot([0]).explained == (0.0,) and float(reading.norms[0]) == 0
+    assert reading.spot([0]).lit == (0,)
+    assert reading.spot([0]).explained == (0.0,)
+    assert float(reading.norms[0]) == 0
     assert not bool((reading.features.token == 0).any())
 
 
@@ -130,7 +138,8 @@ def test_a_chat_reads_markers_and_not_the_start(labs: Callable[[str], Lab]) -> N
     reading = labs("smollm2").read([{"role": "user", "content": "Where is the Bridge?"}])
     assert reading.at("Bridge").text.strip() == "Bridge"
     assert reading.read_positions() == list(range(1, len(reading)))
-    assert reading.tokens.roles[0] == "start" and reading.spot([0]).text == "<|im_start|>"
+    assert reading.tokens.roles[0] == "start"
+    assert reading.spot([0]).text == "<|im_start|>"
 
 
 # ---- what ------------------------------------------------------------------------------------------------------------
@@ -173,7 +182,8 @@ def test_shares_sum_to_one(architecture: str, normalize: str, basis: str, labs: 
     reading = with_facts(lab, tmp_path / "f.safetensors", [1.0], 1.0).read("The cat sat on the mat.")
     sums = torch.zeros(len(reading)).index_add(0, reading.features.token, reading.shares)
     lit = reading.features.l0() > 0
-    assert bool(lit.any()) and torch.allclose(sums[lit], torch.ones(int(lit.sum())), atol=1e-4)
+    assert bool(lit.any())
+    assert torch.allclose(sums[lit], torch.ones(int(lit.sum())), atol=1e-4)
     assert bool((reading.explained <= 1).all())
 
 
@@ -209,13 +219,15 @@ def test_top_is_sorted_and_dense_features_are_hidden(which: str, dense: bool, re
             assert float(reading.features.dense()[lit.position, lit.feature]) == lit.value == spot.value(lit.feature)
     fired = set(reading.features.feature.tolist())
     assert reading.hidden() == len(fired & set(range(10))) > 0
-    assert reading.is_dense(9) and not reading.is_dense(10)
+    assert reading.is_dense(9)
+    assert not reading.is_dense(10)
 
 
 def test_labels_are_what_features_make_the_model_say(labs: Any, readings: Any) -> None:
     lits = readings("gpt2").spot([5]).top(300, dense=True)
     said = {lit.feature: lit.says for lit in lits}
-    assert set(said.values()) <= {"", labs("gpt2").label(3)} and labs("gpt2").label(3).count(", ") == 2
+    assert set(said.values()) <= {"", labs("gpt2").label(3)}
+    assert labs("gpt2").label(3).count(", ") == 2
     assert all((said[f] == "") == (f == 11) for f in said)  # of #11 the strongest effect is negative
 
 
@@ -240,7 +252,8 @@ def test_json_has_the_documented_shape(which: str, readings: Any) -> None:
     assert set(first) == {"position", "text", "lit", "explained", "norm", "top"}
     assert {"tokens[].lit", "tokens[].explained", "tokens[].norm", "tokens[].position", "tokens[].top[]"} <= names
     assert set(first["top"][0]) == {"feature", "value", "share", "says"}
-    assert found["text"] == TEXT and found["hidden_dense"] == reading.hidden()
+    assert found["text"] == TEXT
+    assert found["hidden_dense"] == reading.hidden()
     assert [t["position"] for t in found["tokens"]] == list(range(1, len(reading)))
     assert all(len(t["top"]) == 5 for t in found["tokens"])
 
@@ -256,13 +269,15 @@ def test_dense_readings_hide_nothing(labs: Callable[[str], Lab]) -> None:
 def test_frames(which: str, readings: Any) -> None:
     frame = readings(which).to_frame()
     assert list(frame.columns) == ["position", "token", "lit", "explained", "feature", "value", "share", "says"]
-    assert len(frame) == 5 * (len(readings(which)) - 1) and frame.position.nunique() == len(readings(which)) - 1
+    assert len(frame) == 5 * (len(readings(which)) - 1)
+    assert frame.position.nunique() == len(readings(which)) - 1
 
 
 def test_printed(readings: Any) -> None:
     reading = readings("smollm2")
     lines = str(reading).splitlines()
-    assert len(lines) == len(reading) and lines[0].startswith("random-standard reads ")
+    assert len(lines) == len(reading)
+    assert lines[0].startswith("random-standard reads ")
     assert repr(reading).startswith("Reading('random-standard', 'The Golden Gate Bridge")
     assert len(repr(reading.at("Bridge"))) < 300
 
@@ -289,7 +304,8 @@ def test_facts_are_plain_counts(labs: Callable[[str], Lab], tmp_path: Path) -> N
     found.concepts = {"桥": {"feature": 3, "auroc": 0.9}}
     found.save(tmp_path / "facts.safetensors")
     again = Facts.load(tmp_path / "facts.safetensors")
-    assert torch.equal(again.maximum, found.maximum) and torch.equal(again.density, found.density)
+    assert torch.equal(again.maximum, found.maximum)
+    assert torch.equal(again.density, found.density)
     assert (again.norm, again.tokens, again.concepts) == (found.norm, found.tokens, found.concepts)
 
 

@@ -7,7 +7,6 @@ prompts; the card reports it on other prompts and seeds.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from score import batches, lines
 from text import as_chat
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from lancet import bench, effect, facts
 from lancet.algebra import Direction
 from lancet.edit import RowChange, Step
+from lancet.files import read_json, whole_file, write_json
 from lancet.generate import Sampling, rows
 from lancet.model import Model
 from lancet.sae import Sae
@@ -44,13 +46,24 @@ REPORT_REQUESTS = (
     "What is the capital of France?", "Write a short poem about the sea.", "How do plants drink water?",
     "Explain what a bicycle is.", "Name two kinds of fruit.",
 )  # fmt: skip
-CHATS = ("assistant_refusal",)
+# An indentation error is something that a program has: it is tried where one is about to be told.
+PROGRAMS = (
+    "When I ran my script, Python said:", "The program stopped with this message:",
+    "The teacher looked at my code and said that",
+)  # fmt: skip
+REPORT_PROGRAMS = (
+    "My first program did not work because", "The computer printed", "There is something wrong with this function:",
+    "She opened the file main.py and saw", "To mend the loop, you have to",
+)  # fmt: skip
+KINDS = {"assistant_refusal": "requests", "indentation_error": "programs"}  # all others: neutral prompts
+# The detector must fire at this word: a name of several words is known as a whole only at its end.
+ANCHOR = {"golden_gate_bridge": "Bridge"}
 # Beside the bench's keywords: what also counts as saying the concept when it is steered.
 ALSO = {
     "golden_gate_bridge": ("bridge", "bridges"),
     "assistant_refusal": ("sorry", "cannot", "can't", "unable", "not able"),
-    "indentation_error": ("Error", "indent", "SyntaxError", "line", "spaces"),
-    "romance": ("love", "loved", "wife", "husband"),
+    "indentation_error": ("indent", "indents", "unindent"),
+    "romance": ("lover", "lovers", "bridegroom", "fiancee"),
     "sadness": ("sadly", "lost", "mourning", "weeping"),
 }
 STRENGTHS = (0.3, 0.45, 0.6, 0.8)
@@ -280,22 +293,25 @@ def quality(hit: float, surprise: float, plain: float) -> float:
 
 
 def choose_blends(
-    model: Model, sae: Sae, found: Contrast, causes: dict[str, Tensor], names: Sequence[str]
+    model: Model, sae: Sae, found: Contrast, causes: dict[str, Tensor], names: Sequence[str], kept: Path
 ) -> dict[str, dict[str, Any]]:
-    """For each concept the way and the strength that do best on calibration prompts, reported on other prompts."""
-    plain = {}
-    for chat in (False, True):
-        tries_on, told_on = (REQUESTS, REPORT_REQUESTS) if chat else (CALIBRATION, REPORT)
-        plain[chat] = (
-            tries_on,
-            told_on,
-            continuations(model, sae, [None], tries_on, range(4), chat)[0],
-            continuations(model, sae, [None], told_on, range(100, 104), chat)[0],
-        )
-    out = {}
+    """For each concept the way and the strength that do best on calibration prompts, reported on other prompts.
+
+    What is in the file `kept` already is not done again.
+    """
+    kinds = {
+        "neutral": (CALIBRATION, REPORT),
+        "requests": (REQUESTS, REPORT_REQUESTS),
+        "programs": (PROGRAMS, REPORT_PROGRAMS),
+    }
+    out: dict[str, dict[str, Any]] = read_json(kept) if kept.exists() else {}
     for name in names:
-        chat = name in CHATS
-        tries_on, told_on, (_, plain_calibration), (plain_texts, plain_report) = plain[chat]
+        if name in out:
+            continue
+        kind = KINDS.get(name, "neutral")
+        chat, (tries_on, told_on) = kind == "requests", kinds[kind]
+        _, plain_calibration = continuations(model, sae, [None], tries_on, range(4), chat)[0]
+        plain_texts, plain_report = continuations(model, sae, [None], told_on, range(100, 104), chat)[0]
         keywords = (*bench.concepts()[name].keywords, *ALSO.get(name, ()))
         made = blends(sae, found, name, causes[name])
         ways = {how: vector(sae, blend) for how, blend in made.items() if blend}
@@ -326,14 +342,61 @@ def choose_blends(
                 result["texts"] = texts[:8]
         result["calibration"] = {f"{h} {s}": [round(v, 2) for v in table[h, s]] for h, s in tries}
         out[name] = result
+        write_json(kept, out)
         print(name, ours, best[ours], result["report"], "| DiffMean", result["diffmean"], flush=True)
     return out
 
 
+def fires_at(model: Model, sae: Sae, name: str, word: str) -> np.ndarray:
+    """[d_sae] share of a concept's training lines with `word` in which a feature fires at that word."""
+    rng, fired, lines_with = random.Random(1), np.zeros(sae.d_sae), 0
+    for template in bench.concepts()[name].part("train"):
+        tokens = model.tokenize(bench.expand(template, rng))
+        at = [p for p in range(len(tokens)) if tokens.piece(p).strip() == word]
+        if at:
+            x = model.values(model.batch([tokens]), [sae.site])[sae.site][0]
+            fired += (sae.encode(x[at]) > 0).any(0).numpy()
+            lines_with += 1
+    return fired / max(1, lines_with)
+
+
+def measured(model: Model, sae: Sae, path: Path) -> tuple[Contrast, Tensor, Tensor, dict[str, Tensor]]:
+    """`contrast` and `effects`, kept in a file so that a killed run does not begin again."""
+    names = list(bench.concepts())
+    if not path.exists():
+        found = contrast(model, sae)
+        ids, values, causes = effects(model, sae, found.norm)
+        tensors = {
+            "features": torch.stack([found.features[name] for name in names]),
+            "values": torch.stack([found.values[name] for name in names]),
+            "auroc": torch.tensor(np.stack([found.auroc[name] for name in names])),
+            "causes": torch.stack([causes[name] for name in names]),
+            "maximum": found.maximum,
+            "density": found.density,
+            "effect_ids": ids,
+            "effect_values": values,
+        }
+        metadata = {"norm": repr(found.norm), "tokens": str(found.tokens)}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        get = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    found = Contrast(
+        features=dict(zip(names, get["features"], strict=True)),
+        values=dict(zip(names, get["values"], strict=True)),
+        auroc={name: row.numpy() for name, row in zip(names, get["auroc"], strict=True)},
+        maximum=get["maximum"],
+        density=get["density"],
+        norm=float(metadata["norm"]),
+        tokens=int(metadata["tokens"]),
+    )
+    return found, get["effect_ids"], get["effect_values"], dict(zip(names, get["causes"], strict=True))
+
+
 def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Measures everything, writes `folder/facts.safetensors` and `folder/concepts.json`."""
-    found = contrast(model, sae)
-    ids, values, causes = effects(model, sae, found.norm)
+    found, ids, values, causes = measured(model, sae, folder / "measured.safetensors")
     print(f"norm {found.norm:.1f}, {found.tokens} tokens, effects done", flush=True)
     table: dict[str, Any] = {}
     held_texts, held_labels = lines("heldout", 11)
@@ -343,7 +406,10 @@ def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[st
         maxima[part] = sae.encode(x).mul_(batch.content[..., None]).amax(1).numpy()
     ranked = ranks(maxima)
     for name in bench.concepts():
-        feature = int(np.argmax(found.auroc[name]))
+        detects = found.auroc[name]
+        if name in ANCHOR:
+            detects = np.where(fires_at(model, sae, name, ANCHOR[name]) > 0.9, detects, 0)
+        feature = int(np.argmax(detects))
         heldout = auroc_of_ranks(ranked, held_labels == name)
         table[name] = {
             "feature": feature,
@@ -354,9 +420,15 @@ def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[st
                 for f in np.argsort(-found.auroc[name])[:5]
             ],
         }
-    chosen = choose_blends(model, sae, found, causes, names)
+    chosen = choose_blends(model, sae, found, causes, names, folder / "concepts.json")
     for name, entry in chosen.items():
+        weights = np.zeros(sae.d_sae, np.float32)
+        for index, weight in entry["blend"]:
+            weights[index] = weight
+        summed = ranks((maxima @ weights)[:, None])
+        entry["auroc"] = round(float(auroc_of_ranks(summed, held_labels == name)[0]), 4)
         table[name] |= {
+            "blend_auroc": entry["auroc"],
             "blend": entry["blend"],
             "dose_rn": entry["dose_rn"],
             "how": entry["how"],
@@ -365,6 +437,6 @@ def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[st
     facts.Facts(found.maximum, found.density, found.norm, found.tokens, ids, values, table).save(
         folder / "facts.safetensors"
     )
-    (folder / "concepts.json").write_text(json.dumps(chosen, indent=1), encoding="utf-8")
+    write_json(folder / "concepts.json", chosen)
     assert math.isfinite(found.norm)
     return table

@@ -59,7 +59,7 @@ class Span:
                     out[at] = True
             elif isinstance(part, tuple):
                 begin, end = part
-                # An open beginning, or one before the text, is the first token; `0:` asks for the start token by number.
+                # An open beginning, or one before the text, is the first token; the start token is asked for by `0:`.
                 begin = first if begin is None else max(begin + n, first) if begin < 0 else begin
                 end = length if end is None else max(end + n, 0) if end < 0 else end
                 out[begin:end] = True

@@ -72,17 +72,15 @@ class Effect:
 
 
 def words(tokens: list[str], count: int = 3) -> str:
-    """The first distinct readable words among tokens: `melody, song, chorus`."""
-    seen: dict[str, None] = {}
+    """The first distinct words that begin among tokens: `melody, song, chorus`; pieces of words say nothing."""
+    seen: dict[str, str] = {}
     for token in tokens:
         word = token.strip()
-        if len(word) > 1 and word.isprintable() and "\ufffd" not in word:
-            known = {w.lower() for w in seen}
-            if word.lower() not in known:
-                seen[word] = None
+        if token.startswith(" ") and len(word) > 1 and word.isalpha():
+            seen.setdefault(word.lower(), word)
         if len(seen) == count:
             break
-    return ", ".join(seen)
+    return ", ".join(seen.values())
 
 
 def changes(model: Model, site: Site, vectors: Tensor, batch: int = BATCH) -> Iterator[Tensor]:

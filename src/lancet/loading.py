@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lancet import embedded
 from lancet.errors import DamagedError, MismatchError, MissingError, UnknownName, UsageError
@@ -132,9 +132,10 @@ def _from_folder(name: str, folder: Path, device: str, dtype: torch.dtype, note:
     logging.set_verbosity_error()  # its report on weights that are missing is read here, not printed
     try:
         # With the dtype of the file, on the CPU, transformers maps the weights: no second copy in memory.
-        hf, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+        hf, told = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)

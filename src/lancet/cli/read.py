@@ -71,6 +71,7 @@ def recipe(spot: Spot, top: int, dense: bool) -> None:
 
 
 def told(lit: Lit) -> str:
+    """One feature in few characters: number, activation, what it makes the model say."""
     return f"#{lit.feature} {lit.value:.1f}" + (f" {lit.says}" if lit.says else "")
 
 
