@@ -1,5 +1,6 @@
-"""What 'equal' means, promise by promise: generation against transformers' own `generate`, the cached loop against one uncached pass, a row of a batch against the row alone, every shortcut against the dense
-arithmetic, and sampling against a plain loop and transformers' own scores."""
+"""What 'equal' means, promise by promise: generation against transformers' own `generate`, the cached loop against one
+uncached pass, a row of a batch against the row alone, every shortcut against the dense arithmetic, and sampling against
+a plain loop and transformers' own scores."""
 
 from __future__ import annotations
 
