@@ -110,8 +110,6 @@ def test_the_model_is_left_as_it_was(lab: Lab) -> None:
 
 
 def test_words() -> None:
-    assert (
-        effect.words([" melody", "Melody", "x", " ", "\ufffd", "\n\n", "song", "歌曲", "chorus"])
-        == "melody, song, 歌曲"
-    )
+    tokens = [" melody", " Melody", "ing", " x", " ", "\ufffd", " \n", " 3rd", " song", " 歌曲", " chorus"]
+    assert effect.words(tokens) == "melody, song, 歌曲"
     assert effect.words([]) == ""

@@ -37,11 +37,10 @@ def labs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 request.getfixturevalue("smollm2_f32") if which == "smollm2" else request.getfixturevalue("tiny_gpt2")()
             )
             path = tmp_path_factory.mktemp("facts") / "facts.safetensors"
-            words = [
-                i for i in range(len(model.tokenizer)) if len(model.decode([i])) > 2 and model.decode([i]).isalpha()
-            ]
-            ids = torch.tensor(words[:8]).expand(256, 8)
-            values = torch.linspace(2, 1, 8).expand(256, 8).clone()
+            pieces = [model.decode([i]) for i in range(min(1000, len(model.tokenizer)))]
+            words = [i for i, piece in enumerate(pieces) if piece.startswith(" ") and piece[2:].isalpha()][:8]
+            ids = torch.tensor(words).expand(256, -1)
+            values = torch.linspace(2, 1, len(words)).expand(256, -1).clone()
             values[11] = -1
             density = [0.5] * 9 + [0.101, 0.0999, 0.02]
             more = {"effect_ids": ids, "effect_values": values}
