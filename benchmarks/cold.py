@@ -18,7 +18,9 @@ def run(settings: Settings) -> Iterator[Figure]:
 
     remark("lancet --help")
     sides = {"lancet --help": process([lancet, "--help"]), "import torch": process([PYTHON, "-c", "import torch"])}
-    yield ratio("lancet --help / import torch", in_turns(sides, settings.repeats), "lancet --help", "import torch", HELP_BAR)
+    yield ratio(
+        "lancet --help / import torch", in_turns(sides, settings.repeats), "lancet --help", "import torch", HELP_BAR
+    )
 
     from lancet import embedded
     from lancet.loading import choose_dtype

@@ -37,8 +37,12 @@ def mapped() -> dict[str, float]:
     The peak is VmHWM: getrusage's ru_maxrss begins with the peak of the process that started this one.
     """
     lines = [*Path("/proc/self/smaps_rollup").open(), *Path("/proc/self/status").open()]
-    kilobytes = {key: int(words[0]) for line in lines if (words := line.partition(":")[2].split())[1:] == ["kB"]
-                 for key in [line.partition(":")[0]]}
+    kilobytes = {
+        key: int(words[0])
+        for line in lines
+        if (words := line.partition(":")[2].split())[1:] == ["kB"]
+        for key in [line.partition(":")[0]]
+    }
     names = {"resident": "Rss", "anonymous": "Anonymous", "peak resident": "VmHWM"}
     return {name: kilobytes[key] * 1024 / 1e6 for name, key in names.items()}
 
@@ -47,7 +51,7 @@ def child(dtype: str, sae: str | None = None) -> None:
     """Opens, reads, and prints the figures as JSON."""
     import interp_engine.arch
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     import lancet.reading
     import lancet.sae

@@ -12,7 +12,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import TrainStepInput
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "smollm2"))
-from sparse_step import SparseBatchTopK, SparseMatryoshka  # noqa: E402
+from sparse_step import SparseBatchTopK, SparseMatryoshka
 
 
 @pytest.mark.parametrize("matryoshka", [False, True])
@@ -33,7 +33,11 @@ def test_sparse_step_equals_sae_lens(matryoshka: bool, dead: int) -> None:
     mask = torch.zeros(96, dtype=torch.bool)
     mask[torch.randperm(96)[:dead]] = True
     step = TrainStepInput(
-        sae_in=torch.randn(50, 24) * 3, coefficients={}, dead_neuron_mask=mask, n_training_steps=0, is_logging_step=False
+        sae_in=torch.randn(50, 24) * 3,
+        coefficients={},
+        dead_neuron_mask=mask,
+        n_training_steps=0,
+        is_logging_step=False,
     )
     outputs = {}
     for name, sae in (("theirs", theirs), ("ours", ours)):
@@ -41,7 +45,9 @@ def test_sparse_step_equals_sae_lens(matryoshka: bool, dead: int) -> None:
         output.loss.backward()
         outputs[name] = output
     torch.testing.assert_close(outputs["ours"].loss, outputs["theirs"].loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(outputs["ours"].feature_acts.to_dense(), outputs["theirs"].feature_acts, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        outputs["ours"].feature_acts.to_dense(), outputs["theirs"].feature_acts, rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(ours.topk_threshold, theirs.topk_threshold, rtol=1e-5, atol=1e-7)
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert a.grad is not None and b.grad is not None
