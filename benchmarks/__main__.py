@@ -45,9 +45,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     from benchmarks import measure
 
-    if (load := os.getloadavg()[0]) > measure.BUSY:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > measure.BUSY:
         measure.remark(f"the machine is busy (load {load:.1f}); these figures are not to be trusted")
-    settings = measure.Settings(asked.repeats, asked.threads, asked.work, asked.full)
+    settings = measure.Settings(asked.repeats, asked.threads, asked.work.resolve(), asked.full)
     facts = measure.machine(asked.threads)
     print("; ".join(f"{name} {fact}" for name, fact in facts.items()))
     missed = 0

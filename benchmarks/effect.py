@@ -30,4 +30,5 @@ def run(settings: Settings) -> Iterator[Figure]:
     dtype = str(lab.model.dtype).removeprefix("torch.")
     name = f"smollm2, {pairs.smollm2_named(settings)}, {dtype}: {sae.d_sae:,} features"
     detail = "all measured, once" if settings.full else f"{count:,} took {seconds:.3g} s, scaled"
+    detail += f"; {settings.threads} threads"
     yield Figure(name, seconds * sae.d_sae / count, "s", BAR, detail, {"top": taken})

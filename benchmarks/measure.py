@@ -21,6 +21,7 @@ from typing import Any
 
 ENOUGH = 5  # repeats below which a median is a smoke test and is not kept
 BUSY = 0.5  # load average above which figures are not to be trusted
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "lancet-sae")
 
 
@@ -100,7 +101,7 @@ def process(command: Sequence[str | Path], **environment: str) -> Callable[[], s
 
     def run() -> str:
         words = [str(word) for word in command]
-        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
         if done.returncode:
             raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
         return done.stdout

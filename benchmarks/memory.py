@@ -7,6 +7,7 @@ the rest of the resident set is files mapped, weights above all, which the syste
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,21 +37,16 @@ def mapped() -> dict[str, float]:
 
     The peak is VmHWM: getrusage's ru_maxrss begins with the peak of the process that started this one.
     """
-    lines = [*Path("/proc/self/smaps_rollup").open(), *Path("/proc/self/status").open()]
-    kilobytes = {
-        key: int(words[0])
-        for line in lines
-        if (words := line.partition(":")[2].split())[1:] == ["kB"]
-        for key in [line.partition(":")[0]]
-    }
+    text = Path("/proc/self/smaps_rollup").read_text() + Path("/proc/self/status").read_text()
+    kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
     names = {"resident": "Rss", "anonymous": "Anonymous", "peak resident": "VmHWM"}
-    return {name: kilobytes[key] * 1024 / 1e6 for name, key in names.items()}
+    return {name: int(kilobytes[key]) * 1024 / 1e6 for name, key in names.items()}
 
 
 def child(dtype: str, sae: str | None = None) -> None:
     """Opens, reads, and prints the figures as JSON."""
+    # What opening and reading would import, so that the growth is weights and values, not code.
     import interp_engine.arch
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     import lancet.reading

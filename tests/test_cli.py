@@ -532,7 +532,7 @@ def test_ctrl_c_while_writing(folders: tuple[str, str]) -> None:
         "cpu",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-c", STARTED + ENTRY, *words, "--temperature", "2"],
+        [sys.executable, "-c", STARTED + ENTRY, *words, "--temperature", "0", "--repetition-penalty", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

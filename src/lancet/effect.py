@@ -7,7 +7,7 @@ features share a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ class Effect:
         return f"{self.target} at {self.strength:g}rn\n  says:   {up}\n  avoids: {down}"
 
 
-def words(tokens: list[str], count: int = 3) -> str:
+def words(tokens: Iterable[str], count: int = 3) -> str:
     """The first distinct words that begin among tokens: `melody, song, chorus`; pieces of words say nothing."""
     seen: dict[str, str] = {}
     for token in tokens:

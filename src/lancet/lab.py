@@ -190,7 +190,7 @@ class Lab:
         known = self.facts(sae)
         if known.effect_ids is None or known.effect_values is None or float(known.effect_values[index][0]) <= 0:
             return ""
-        return words([self.model.decode([i]) for i in known.effect_ids[index].tolist()], count)
+        return words((self.model.decode([i]) for i in known.effect_ids[index].tolist()), count)
 
     def name(self, name: str, target: int | str | Direction) -> None:
         """Gives a feature, an expression or a Direction a name that edits may use.
