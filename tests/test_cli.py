@@ -504,8 +504,10 @@ def test_interrupted_elsewhere(command: str, run: Callable[..., Done], monkeypat
 
 
 STARTED = """
+import signal
 import sys
 import lancet.lab as lab
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 original = lab.rows
 def rows(*args, **kwargs):
     for step, made in enumerate(original(*args, **kwargs)):

@@ -60,7 +60,7 @@ def build(model: Model, recipe: dict[str, Any], novels: Path, self_written: Path
     train += pieces[: settings["novel_tokens"] // settings["piece_tokens"]]
     apart = list(novel_pieces(novels, files[:kept], words))
     rng.shuffle(apart)
-    heldout += apart[:1000]
+    heldout += apart[:1600]
 
     for name, concept in bench.concepts().items():
         rounds = settings["concept_rounds"] + settings["manual_rounds"] * (name in settings["manual"])
