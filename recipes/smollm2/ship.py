@@ -94,7 +94,7 @@ def card(target: Path, recipe: dict[str, Any], training: dict[str, Any], columns
         "",
         "## What causes the manual's examples",
         "The way of choosing features and the dose were picked on calibration prompts; the figures are from other prompts and seeds "
-        "(20 continuations of 28 tokens, temperature 0.7, repetition penalty 1.1). Hits: share with a keyword; surprise: extra nats a "
+        "(20 continuations of 28 tokens, temperature 0.7, repetition penalty 1.1). Hits: share with one of the bench's keywords or a few more (`ALSO` in `concepts.py`: any bridge; for indentation errors any talk of programs and errors; for refusing any apology); surprise: extra nats a "
         "token under the plain model; DiffMean at its own best dose beside it. Refusing is tried on ordinary requests in the chat template.",
         "",
         "| concept | how | features | dose | hits | surprise | repeats | plain hits | DiffMean hits / surprise |",
