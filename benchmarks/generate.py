@@ -41,11 +41,12 @@ def compare(lab: Lab, prompt: str, settings: Settings, name: str) -> Iterator[Fi
     hf.generation_config.eos_token_id = None  # Lancet ends a text where transformers does: nowhere
     tokens = lab.tokenize(prompt)
     ids = torch.tensor([tokens.ids])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     greedy = Sampling(temperature=0, repetition_penalty=1)
 
-    def theirs() -> Any:
-        return hf.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    def theirs(rows: int = 1) -> Any:
+        repeated = {name: value.repeat(rows, 1) for name, value in inputs.items()}
+        return hf.generate(**repeated, pad_token_id=0, max_new_tokens=NEW, do_sample=False)
 
     def ours(edit: str | None) -> Any:
         return lab.generate(prompt, edit, NEW, greedy)
@@ -55,8 +56,16 @@ def compare(lab: Lab, prompt: str, settings: Settings, name: str) -> Iterator[Fi
 
     check(ours(None).ids == tuple(theirs()[0, ids.shape[1] :].tolist()), f"unsteered text of {name}")
     check(all(len(row.ids) == NEW for row in four().values()), f"a row of {name} ended early")
-    sides = {"transformers": theirs, "add": lambda: ours(ADD), "set": lambda: ours(SET), "four rows": four}
+    sides = {
+        "transformers": theirs,
+        "add": lambda: ours(ADD),
+        "set": lambda: ours(SET),
+        "four rows": four,
+        "transformers' four": lambda: theirs(4),
+    }
     taken = in_turns(sides, settings.repeats)
     yield ratio(f"{name}: #i += a", taken, "add", "transformers", ADD_BAR)
     yield ratio(f"{name}: #i = a", taken, "set", "transformers", SET_BAR)
     yield ratio(f"{name}: four rows / one", taken, "four rows", "add", ROWS_BAR)
+    # How much a row more costs is the matrix library's affair: transformers' own four rows say how much.
+    yield ratio(f"{name}: four rows / transformers' own four", taken, "four rows", "transformers' four")

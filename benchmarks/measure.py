@@ -85,7 +85,7 @@ def in_turns(sides: Mapping[str, Callable[[], object]], repeats: int, warm_up: i
     return taken
 
 
-def ratio(name: str, taken: Mapping[str, Sequence[float]], ours: str, theirs: str, bar: float) -> Figure:
+def ratio(name: str, taken: Mapping[str, Sequence[float]], ours: str, theirs: str, bar: float | None = None) -> Figure:
     """Median of one side over median of the other."""
     a, b = median(taken[ours]), median(taken[theirs])
     detail = f"{ours} {a:.3g} s, {theirs} {b:.3g} s"

@@ -441,14 +441,13 @@ def test_consoles_that_lack_characters(encoding: str, run: Callable[..., Done]) 
     assert run("read", CHINESE, "--json", encoding=encoding).json["text"] == CHINESE
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
-def test_a_real_process_on_such_a_console(encoding: str, folders: tuple[str, str]) -> None:
+def test_a_real_process_on_such_a_console(folders: tuple[str, str]) -> None:
     words = ["read", CHINESE, "--model", folders[0], "--sae", folders[1], "--device", "cpu", "--dtype", "float32"]
-    env = os.environ | {"PYTHONIOENCODING": encoding}
+    env = os.environ | {"PYTHONIOENCODING": "gbk"}
     done = subprocess.run([sys.executable, "-c", ENTRY, *words], capture_output=True, env=env, check=False)
     assert done.returncode == 0
     assert b"Traceback" not in done.stderr
-    assert done.stdout.decode(encoding).startswith("position\ttoken")
+    assert done.stdout.decode("gbk").startswith("position\ttoken")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
