@@ -143,7 +143,7 @@ def _cpu() -> str:
 
 
 HEADER = ("figure", "measured", "bar", "", "made of")
-WIDTHS = (60, 10, 8, 5)
+WIDTHS = (66, 10, 8, 5)
 
 
 def line(cells: Sequence[str]) -> str:
