@@ -38,7 +38,7 @@ def with_facts(
         return torch.tensor([*values, *[0.0] * (lab.saes[0].d_sae - len(values))])
 
     Facts(padded(maximum), padded(density), norm, 1000, **more).save(path)
-    return Lab(lab.model, lab.saes, {lab.saes[0].name: path})
+    return Lab(lab.model, lab.saes, {lab.saes[0].site: path})
 
 
 def generated(

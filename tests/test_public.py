@@ -17,9 +17,9 @@ FILES = sorted(file for file in ROOT.rglob("*.py") if "assets" not in file.parts
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
 LAYERS = [  # docs/architecture.md; a module imports only from its own layer and from those above
     {"errors", "files", "units"},
-    {"site", "bench", "scoring", "embedded", "sae", "model", "loading"},
+    {"site", "bench", "scoring", "embedded", "sae", "model", "processor", "loading"},
     {"algebra", "edit", "grammar"},
-    {"facts", "reading", "generate", "effect", "lab"},
+    {"facts", "reading", "generate", "continuation", "effect", "lab"},
     {"figures"},
     {"cli"},
 ]

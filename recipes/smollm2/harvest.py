@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lancet.files import whole_file
-from lancet.model import Model, Tokens
+from lancet.model import Model
 from lancet.site import Site
 
 TEXTS_PER_SHARD = 1024
@@ -21,7 +21,7 @@ REPEATED_OPENING_KEPT = 20  # the template's own system turn is the same in ever
 
 def values_of(model: Model, texts: list[str], site: Site, longest: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """For batches of texts of like length: values [tokens, d], row of each token, and the texts' indices."""
-    rows = [cut(model, text, longest) for text in texts]
+    rows = [model.tokenize(text, most=longest) for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while order:
         size = max(1, TOKENS_PER_BATCH // len(rows[order[min(len(order), 512) - 1]]))
@@ -31,11 +31,6 @@ def values_of(model: Model, texts: list[str], site: Site, longest: int) -> Itera
         keep = batch.content
         row_of = torch.arange(len(taken))[:, None].expand_as(keep)[keep]
         yield value[keep], row_of, taken
-
-
-def cut(model: Model, text: str, longest: int) -> Tokens:
-    tokens = model.tokenize(text)
-    return Tokens(tokens.text, tokens.ids[:longest], tokens.spans[:longest], tokens.roles[:longest])
 
 
 def opening_length(model: Model) -> int:

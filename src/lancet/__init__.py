@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lancet.algebra import Direction as Direction
+    from lancet.continuation import Continuation as Continuation
     from lancet.edit import Edit as Edit
     from lancet.effect import Effect as Effect
     from lancet.errors import LancetError as LancetError
     from lancet.generate import Sampling as Sampling
-    from lancet.lab import Continuation as Continuation
     from lancet.lab import Feature as Feature
     from lancet.lab import Lab as Lab
     from lancet.lab import open_lab as open  # noqa: F401
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lancet.site import Site as Site
 
 _HOMES = {
-    "Continuation": "lab",
+    "Continuation": "continuation",
     "Direction": "algebra",
     "Edit": "edit",
     "Effect": "effect",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lancet import bench
+from lancet.errors import MismatchError
 from lancet.files import cache_dir, check_safetensors, whole_file
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def measure(model: Model, sae: Sae, texts: list[str]) -> Facts:
     maximum = torch.zeros(sae.d_sae, device=model.device)
     fired = torch.zeros(sae.d_sae, dtype=torch.long, device=model.device)
     norms, tokens = [], 0
-    rows = sorted((model.tokenize(text) for text in texts), key=len)
+    rows = sorted((model.tokenize(text, most=model.context) for text in texts), key=len)
     for first in range(0, len(rows), 32):
         batch = model.batch(rows[first : first + 32])
         x = model.values(batch, [sae.site])[sae.site][batch.content].float()
@@ -112,9 +113,19 @@ def measure(model: Model, sae: Sae, texts: list[str]) -> Facts:
 
 
 def of(model: Model, sae: Sae, shipped: Path | None = None) -> Facts:
-    """The facts of a pair: shipped, else kept in the cache, else measured now and kept."""
+    """The facts of a pair: shipped, else kept in the cache, else measured now and kept.
+
+    Raises:
+        MismatchError: the shipped facts are another SAE's.
+    """
     if shipped is not None and shipped.is_file():
-        return Facts.load(shipped)
+        facts = Facts.load(shipped)
+        if len(facts.maximum) != sae.d_sae:
+            raise MismatchError(
+                f"{shipped} is about {len(facts.maximum)} features, {sae.name} has {sae.d_sae}: it is another SAE's; "
+                f"delete it, and facts are measured anew"
+            )
+        return facts
     path = cache_dir() / "facts" / f"{_fingerprint(model, sae)}.safetensors"
     if not path.is_file():
         measure(model, sae, neutral_texts(MEASURED_TEXTS)).save(path)
@@ -123,9 +134,15 @@ def of(model: Model, sae: Sae, shipped: Path | None = None) -> Facts:
 
 def _fingerprint(model: Model, sae: Sae) -> str:
     """Of the weights that the facts depend on, by samples of them: cheap, and another pair differs everywhere."""
-    digest = hashlib.sha256(f"{sae.site} {sae.architecture} {sae.normalize} {sae.basis} {model.dtype}".encode())
-    for tensor in (sae.W_enc, sae.W_dec, sae.b_dec, *model.hf.get_input_embeddings().parameters()):
-        flat = tensor.detach().flatten()
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
+    import torch
+
+    told = (sae.site, sae.architecture, sae.normalize, sae.basis, sae.k, sae.apply_b_dec_to_input)
+    digest = hashlib.sha256(f"{told} {sae.rescale_by_decoder_norm} {model.dtype} {model.start_plain}".encode())
+    own = [value for _, value in sorted(vars(sae).items()) if isinstance(value, torch.Tensor)]
+    below = [parameter for block in model.arch.decoder_layers[: sae.site.depth] for parameter in block.parameters()]
+    for count, tensors in ((4096, own), (64, [*model.hf.get_input_embeddings().parameters(), *below])):
+        for tensor in tensors:
+            flat = tensor.detach().flatten()
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(flat[:: max(1, len(flat) // count)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:24]

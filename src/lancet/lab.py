@@ -8,17 +8,20 @@ lab.generate("I went to the grocery store to buy", "#123 += 0.5rn")
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lancet import facts as facts_module
-from lancet.algebra import Binary, Direction, Expression, Number, Ref, evaluate
+from lancet.algebra import Direction, Expression, Ref, evaluate
+from lancet.continuation import Comparison, Continuation
 from lancet.edit import Edit, RowChange, Step
 from lancet.errors import UnknownName, UsageError
 from lancet.generate import Sampling, rows
 from lancet.site import Site
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from lancet.effect import Effect
@@ -27,8 +30,8 @@ if TYPE_CHECKING:
     from lancet.reading import Reading
     from lancet.sae import Sae
 
-Edits = str | Edit | Sequence[str | Edit] | None
-Prompt = "str | Sequence[dict[str, str]] | Tokens"
+Edits: TypeAlias = str | Edit | Sequence[str | Edit] | None
+Prompt: TypeAlias = "str | Sequence[dict[str, str]] | Tokens"
 ROWS_AT_ONCE = 32
 
 
@@ -58,79 +61,21 @@ class Feature:
         return f"#{self.index}" + (f" {self.name}" if self.name else "") + (f" ({self.says})" if self.says else "")
 
 
-@dataclass
-class Continuation:
-    """What the model wrote.
-
-    Attributes:
-        name: what the row was called in a comparison.
-        prompt: the tokens it went on from.
-        ids: the new tokens.
-        text: the new text.
-        edits: in the notation, "" for a plain row.
-        sampling: how tokens were chosen; its seed is this row's.
-        ended: "length", "end of text" or "interrupted".
-        recipe: what makes the same text again: model, SAEs, precision, device, versions.
-    """
-
-    name: str
-    prompt: Tokens
-    ids: tuple[int, ...]
-    text: str
-    edits: tuple[str, ...]
-    sampling: Sampling
-    ended: str
-    recipe: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """{"name", "prompt", "text", "tokens", "edits", "ended", "sampling", "recipe"}."""
-        return {
-            "name": self.name,
-            "prompt": self.prompt.text,
-            "text": self.text,
-            "tokens": list(self.ids),
-            "edits": list(self.edits),
-            "ended": self.ended,
-            "sampling": vars(self.sampling),
-            "recipe": self.recipe,
-        }
-
-    def __str__(self) -> str:
-        return self.prompt.text + self.text
-
-
-class Comparison(dict[str, Continuation]):
-    """Continuations of one prompt by name, made in one batch with the same random draws."""
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """A list of `Continuation.to_json`."""
-        return [row.to_json() for row in self.values()]
-
-    def to_frame(self) -> Any:
-        """A pandas data frame, one row a continuation."""
-        import pandas
-
-        return pandas.DataFrame([{"name": r.name, "edits": "; ".join(r.edits), "text": r.text} for r in self.values()])
-
-    def __str__(self) -> str:
-        return "\n".join(f"[{name}] {row}" for name, row in self.items())
-
-
 class Lab:
     """A model and one or more SAEs of it.
 
     Args:
         model: an opened Model.
         saes: the SAEs, the default one first.
-        facts: SAE name -> path of its shipped facts; others are measured when first needed.
+        facts: site -> path of the facts that ship with the SAE there; others are measured when first needed.
     """
 
-    def __init__(self, model: Model, saes: Sequence[Sae], facts: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: Model, saes: Sequence[Sae], facts: Mapping[Site, Path | None] | None = None) -> None:
         self.model = model
         self.saes = list(saes)
         self.names: dict[str, Ref | Direction] = {}
         self._shipped = dict(facts or {})
-        self._facts: dict[str, Facts] = {}
+        self._facts: dict[Site, Facts] = {}  # by site: two folders may bear one name
         sites = [sae.site for sae in self.saes]
         if len(set(sites)) < len(sites):
             raise UsageError(f"two SAEs at one site ({', '.join(map(str, sites))}); open them in separate labs")
@@ -156,9 +101,9 @@ class Lab:
     def facts(self, sae: Sae | None = None) -> Facts:
         """Maxima, densities, typical norm and effects of an SAE, measured when first needed and kept."""
         sae = sae or self.sae()
-        if sae.name not in self._facts:
-            self._facts[sae.name] = facts_module.of(self.model, sae, self._shipped.get(sae.name))
-        return self._facts[sae.name]
+        if sae.site not in self._facts:
+            self._facts[sae.site] = facts_module.of(self.model, sae, self._shipped.get(sae.site))
+        return self._facts[sae.site]
 
     def feature(self, which: int | str, sae: str | Site | None = None) -> Feature:
         """A feature by number or name, with what is known of it.
@@ -217,7 +162,7 @@ class Lab:
             return self.names[name]
         known: dict[str, Any] = {}
         for sae in self.saes:
-            if self._shipped.get(sae.name) is None and sae.name not in self._facts:
+            if self._shipped.get(sae.site) is None and sae.site not in self._facts:
                 continue  # measured facts have no concepts: nothing need be measured to tell a mistyped name
             known |= {concept: (sae, entry) for concept, entry in self.facts(sae).concepts.items()}
         if name not in known:
@@ -263,7 +208,7 @@ class Lab:
 
     # ---- the verbs ---------------------------------------------------------------------------------------------
 
-    def tokenize(self, prompt: str | Sequence[dict[str, str]] | Tokens) -> Tokens:
+    def tokenize(self, prompt: Prompt) -> Tokens:
         """Text, chat messages or ready Tokens, as Tokens."""
         from lancet.model import Tokens
 
@@ -273,7 +218,7 @@ class Lab:
 
     def read(
         self,
-        text: str | Sequence[dict[str, str]] | Tokens,
+        text: Prompt,
         top: int = 5,
         sae: str | Site | None = None,
         dense: bool = False,
@@ -339,9 +284,8 @@ class Lab:
         Raises:
             UsageError, UnknownName: an edit that cannot be read or does not apply.
         """
-        listed = [] if edits is None else [edits] if isinstance(edits, (str, Edit)) else list(edits)
         steps = []
-        for edit in map(Edit.parse, listed):
+        for edit in map(Edit.parse, _listed(edits)):
             target: tuple[Sae, int] | Direction
             found = self._target(edit.target)
             if isinstance(found, Direction):
@@ -373,8 +317,6 @@ class Lab:
     def _target(self, expression: Expression) -> Ref | Direction:
         if isinstance(expression, Ref):
             return self._named(expression.name) if expression.name else expression
-        if isinstance(expression, Binary) and expression == Binary("*", Number(1.0), expression.right):
-            return self._target(expression.right)
         return self.direction(expression)
 
     def changes(self, edits: Edits, prompt: Tokens, length: int, keep_error: bool = True) -> dict[Site, RowChange]:
@@ -393,7 +335,7 @@ class Lab:
 
     def stream(
         self,
-        prompt: str | Sequence[dict[str, str]] | Tokens,
+        prompt: Prompt,
         edits: Edits = None,
         tokens: int = 40,
         sampling: Sampling | None = None,
@@ -419,7 +361,7 @@ class Lab:
 
     def generate(
         self,
-        prompt: str | Sequence[dict[str, str]] | Tokens,
+        prompt: Prompt,
         edits: Edits = None,
         tokens: int = 40,
         sampling: Sampling | None = None,
@@ -430,7 +372,7 @@ class Lab:
 
     def compare(
         self,
-        prompt: str | Sequence[dict[str, str]] | Tokens,
+        prompt: Prompt,
         edits: Mapping[str, Edits],
         tokens: int = 40,
         sampling: Sampling | None = None,
@@ -447,15 +389,13 @@ class Lab:
 
     def run(
         self,
-        jobs: Sequence[tuple[str | Sequence[dict[str, str]] | Tokens, Edits, int, str]],
+        jobs: Sequence[tuple[Prompt, Edits, int, str]],
         tokens: int = 40,
         sampling: Sampling | None = None,
         keep_error: bool = True,
         rows_at_once: int = ROWS_AT_ONCE,
     ) -> list[Continuation]:
         """Many continuations, each (prompt, edits, seed, name), in as few batches as `rows_at_once` allows."""
-        from dataclasses import replace
-
         _check_count(tokens)
         sampling = sampling or Sampling()
         out: list[Continuation] = []
@@ -480,14 +420,13 @@ class Lab:
                 interrupted = True
                 ended = ["interrupted" if e == "length" else e for e in ended]
             for (_, edits, seed, name), ready, row, end in zip(part, prompts, ids, ended, strict=True):
-                listed = [] if edits is None else [edits] if isinstance(edits, (str, Edit)) else list(edits)
                 out.append(
                     Continuation(
                         name=name,
                         prompt=ready,
                         ids=tuple(row),
                         text=self.model.decode(row),
-                        edits=tuple(str(edit) for edit in listed),
+                        edits=tuple(str(edit) for edit in _listed(edits)),
                         sampling=replace(sampling, seed=seed),
                         ended=end,
                         recipe=self.recipe(),
@@ -508,6 +447,13 @@ class Lab:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "versions": {package: version(package) for package in ("lancet-sae", "torch", "transformers")},
         }
+
+
+def _listed(edits: Edits) -> list[str | Edit]:
+    """No edit, one or several, as a list."""
+    if edits is None:
+        return []
+    return [edits] if isinstance(edits, (str, Edit)) else list(edits)
 
 
 def _check_count(tokens: int) -> None:
@@ -539,4 +485,4 @@ def open_lab(
     opened = open_model(model, device, dtype, say)
     names: Sequence[str | None] = [sae] if sae is None or isinstance(sae, str) else list(sae)
     pairs = [open_sae(opened, name) for name in names]
-    return Lab(opened, [pair[0] for pair in pairs], {pair[0].name: pair[1] for pair in pairs})
+    return Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs})

@@ -140,15 +140,18 @@ class Model:
 
     # ---- text to tokens ----------------------------------------------------------------------------------------
 
-    def tokenize(self, text: str) -> Tokens:
+    def tokenize(self, text: str, most: int | None = None) -> Tokens:
         """Plain text, with exactly one start token.
+
+        Args:
+            most: cut the text to so many tokens, the start token counted, instead of refusing a long one.
 
         Raises:
             UsageError: the text is empty or longer than the context.
         """
         if not text:
             raise UsageError("the text is empty; give at least one character")
-        return self._tokens(text, self.start_plain, lambda begin: "text")
+        return self._tokens(text, self.start_plain, lambda begin: "text", most)
 
     def tokenize_chat(self, messages: Sequence[dict[str, str]], answer: bool = True) -> Tokens:
         """A chat through the model's own template.
@@ -199,7 +202,7 @@ class Model:
             turns.append((begin, end, message["role"]))
         return turns
 
-    def _tokens(self, text: str, start: int | None, role: Callable[[int], str]) -> Tokens:
+    def _tokens(self, text: str, start: int | None, role: Callable[[int], str], most: int | None = None) -> Tokens:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair: bytes that were not UTF-8 on the command line
@@ -215,6 +218,7 @@ class Model:
                 roles[0] = "start"
             else:
                 ids, spans, roles = [start, *ids], [(0, 0), *spans], ["start", *roles]
+        ids, spans, roles = ids[:most], spans[:most], roles[:most]
         if len(ids) > self.context:
             raise UsageError(
                 f"the text has {len(ids)} tokens, {self.name} takes at most {self.context}; shorten or split it"
