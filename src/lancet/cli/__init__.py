@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 
 
 def main() -> None:
     """Entry point: runs the command, turns errors into one line and an exit code (2 bad usage, 1 failure)."""
+    # A command makes many lasting objects (most of them while torch and transformers are imported) and ends soon:
+    # looking for garbage among them at the usual pace took 0.8 s of a 5.3 s `lancet read`, once more at the end 0.3 s.
+    gc.set_threshold(100_000, 50, 1000)
+
     from lancet.cli.app import app
     from lancet.errors import LancetError, UsageError
 
@@ -28,6 +33,7 @@ def main() -> None:
         code = 0
     except Exception as error:
         code = _usage_code(error)
+    gc.disable()
     sys.exit(code if isinstance(code, int) else 0)
 
 
