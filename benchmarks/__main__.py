@@ -17,6 +17,7 @@ SUBJECTS = {
     "cold": "whole processes, from the shell and back",
     "effect": "the effect lens over all features",
     "memory": "what opening and reading takes",
+    "million": "reading with a million features",
 }
 HERE = Path(__file__).parent
 

@@ -23,7 +23,7 @@ def run(settings: Settings) -> Iterator[Figure]:
     )
 
     from lancet import embedded
-    from lancet.loading import choose_dtype
+    from lancet.precision import choose_dtype
 
     remark("lancet read on smollm2")
     folder = embedded.ensure()

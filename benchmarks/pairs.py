@@ -99,7 +99,7 @@ def _save_gpt2_sae(model: Path, folder: Path) -> None:
     from lancet.sae import random_sae
     from lancet.site import Site
 
-    sae = random_sae(768, WIDTH, site=Site.parse(SITE), basis="centred")
+    sae = random_sae(768, WIDTH, site=Site.parse(SITE), centred=True)
     save_sae(calibrate(open_model(str(model), "cpu", "float32"), sae), folder)
 
 
@@ -190,7 +190,7 @@ def save_sae(sae: Any, folder: Path) -> None:
             "metadata": {
                 "sae_lens_version": version("sae-lens"),  # without one, sae-lens takes this for its older layout
                 "hook_name": str(sae.site),
-                "model_from_pretrained_kwargs": {"center_writing_weights": sae.basis == "centred"},
+                "model_from_pretrained_kwargs": {"center_writing_weights": sae.centred},
             },
         },
     )

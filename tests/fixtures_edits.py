@@ -16,9 +16,10 @@ from lancet.edit import RowChange
 from lancet.facts import Facts
 from lancet.generate import Sampling, rows
 from lancet.lab import Lab
-from lancet.model import Model, Tokens
+from lancet.model import Model
 from lancet.sae import Sae, random_sae
 from lancet.site import Site
+from lancet.tokens import Tokens
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
@@ -73,7 +74,45 @@ def longer(tokens: Tokens, ids: Sequence[int]) -> Tokens:
     )
 
 
-SAE_CONFIG = {"dtype": "float32", "device": "cpu", "normalize_activations": "none", "reshape_activations": "none"}
+def config_of(sae: Sae) -> dict[str, Any]:
+    """sae-lens' cfg.json of an SAE."""
+    said: dict[str, Any] = {
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "normalize_activations": sae.normalize,
+        "reshape_activations": "none",
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
+        "metadata": {
+            "hook_name": str(sae.site),
+            "sae_lens_version": "6.54.12",
+            "model_from_pretrained_kwargs": {"center_writing_weights": sae.centred},
+        },
+    }
+    if sae.architecture in ("topk", "abstopk"):
+        said |= {"k": sae.k, "rescale_acts_by_decoder_norm": sae.rescale_by_decoder_norm}
+    if sae.kind.transcoder:
+        said |= {"d_out": sae.d_out, "metadata": said["metadata"] | {"hook_name_out": str(sae.writes)}}
+    if sae.architecture == "matching_pursuit":
+        said |= vars(sae.pursuit)
+    if sae.temporal is not None:
+        width = len(sae.temporal.layers[0]["k_ctx.bias"])
+        said |= {"n_heads": sae.temporal.heads, "bottleneck_factor": sae.d_sae // width, "tied_weights": sae.tied}
+        said |= {"n_attn_layers": len(sae.temporal.layers), "activation_normalization_factor": sae.scalar}
+        said |= {"sae_diff_type": "relu" if sae.temporal.k is None else "topk", "kval_topk": sae.temporal.k}
+    return said
+
+
+def reference(sae: Sae) -> Any:
+    """sae-lens' SAE of the same weights."""
+    from sae_lens import SAE
+
+    theirs = SAE.from_dict(config_of(sae))
+    tensors = dict(sae.tensors())
+    theirs.load_state_dict({name: tensors[name].clone() for name in theirs.state_dict()})
+    return theirs.requires_grad_(False)
 
 
 def save_sae(folder: Path, sae: Sae, **config: Any) -> Path:
@@ -81,16 +120,7 @@ def save_sae(folder: Path, sae: Sae, **config: Any) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "b_gate", "r_mag", "b_mag")
-    tensors = {name: getattr(sae, name).contiguous() for name in names if getattr(sae, name) is not None}
+    tensors = {name: value.contiguous() for name, value in sae.tensors() if name != "offset"}
     save_file(tensors, folder / "sae_weights.safetensors")
-    said = {
-        "architecture": sae.architecture,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "normalize_activations": sae.normalize,
-        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
-        "metadata": {"hook_name": str(sae.site)},
-    }
-    (folder / "cfg.json").write_text(json.dumps(SAE_CONFIG | said | ({"k": sae.k} if sae.k else {}) | config))
+    (folder / "cfg.json").write_text(json.dumps(config_of(sae) | config))
     return folder

@@ -155,7 +155,7 @@ USAGE = [
 ]
 BARE = [
     (["read", "abc", "--model", "smolm2"], "unknown model 'smolm2'; nearest: smollm2"),
-    (["get", "smollm"], "unknown model to fetch 'smollm'; nearest: smollm2"),
+    (["get", "smollm"], "unknown model 'smollm'; nearest: smollm2"),
 ]
 TYPERS = [
     (["nothing"], "No such command"),

@@ -20,10 +20,11 @@ from lancet.errors import UnknownName, UsageError
 from lancet.generate import Sampling
 from lancet.grammar import parse_edit
 from lancet.lab import Lab
-from lancet.model import Model, Tokens
+from lancet.model import Model
 from lancet.sae import Sae
 from lancet.site import Site
-from lancet.units import Amount
+from lancet.tokens import Tokens
+from lancet.units import Amount, size
 
 # Feature #0 writes along the first axis with length 1, #1 along the second with length 2, #2 has length 5.
 ROWS = torch.tensor([[1.0, 0, 0, 0], [0, 2, 0, 0], [0, 0, 3, 4]])
@@ -119,7 +120,7 @@ def test_the_blunt_form_adds_the_bias(model: Model) -> None:
 
 
 def test_a_centred_sae_leaves_the_mean(model: Model) -> None:
-    centred = Lab(model, [hand_sae(basis="centred")])  # the mean of X is 2.75: reads (-0.75, 0.25, -1.75, 2.25)
+    centred = Lab(model, [hand_sae(centred=True)])  # the mean of X is 2.75: reads (-0.75, 0.25, -1.75, 2.25)
     assert moved(centred, "#2 = 0") == [2, 3, 1 - 2.25 * 3, 5 - 2.25 * 4]
     assert moved(centred, "#2 = 1", keep_error=False) == [2.75, 2.75, 5.75, 6.75]
 
@@ -279,6 +280,20 @@ def test_an_amount_that_breaks_the_model_is_told(lab: Lab) -> None:
     for amount in ("1e38", "1e300"):
         with pytest.raises(UsageError, match="smaller amount"):
             lab.generate("abc", ["#0 += " + amount, "#2 += -" + amount], tokens=2, sampling=GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("auto", None), ("2GB", 2_000_000_000), ("1.5 GiB", 1610612736), ("500mb", 500_000_000), ("0", 0), ("12k", 12000)],
+)
+def test_sizes(text: str, expected: int | None) -> None:
+    assert size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "2 cups", "1e9", "2PB"])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size; write auto, or a size such as 2GB"):
+        size(text)
 
 
 # ---- spans -----------------------------------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lancet.algebra import Direction
+from lancet.architectures import ARCHITECTURES as KINDS
+from lancet.architectures import Pursuit
 from lancet.edit import RowChange, Step
 from lancet.generate import Sampling, choose, draw, logits, rows
 from lancet.lab import Lab
 from lancet.loading import open_model
-from lancet.model import Tokens
 from lancet.sae import ARCHITECTURES, NORMALISATIONS, Sae, random_sae
 from lancet.site import Site
+from lancet.tokens import Tokens
 
 PROMPT = "The Golden Gate Bridge is in San Francisco, and the cat sat on the"
 NEW = 8
@@ -255,14 +257,15 @@ def test_cached_equals_uncached_in_a_chat(
     hold(found, expected, plainly(where), edits)
 
 
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "standard"])
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "standard" and KINDS[a].editable])
 def test_cached_equals_uncached_for_other_architectures(architecture: str, labs: Callable[[str], Lab]) -> None:
     model = labs("gpt2 float32").model
     lab = random_lab(model, architecture, normalize="layer_norm")
     prompt = lab.tokenize(PROMPT)
     edits = every_edit(lit(lab, prompt), ["all", "generated", "2:9", "-5:"], 5.0)
-    found, expected = cached_and_uncached(lab, prompt, edits, [True] * len(edits))
-    hold(found, expected, 0, edits)
+    blunt = edits if KINDS[architecture].transcoder else []
+    found, expected = cached_and_uncached(lab, prompt, edits + blunt, [True] * len(edits) + [False] * len(blunt))
+    hold(found, expected, 0, edits + blunt)
 
 
 def test_cached_equals_uncached_at_two_sites_and_directions(labs: Callable[[str], Lab]) -> None:
@@ -322,10 +325,11 @@ OPERATIONS: dict[str, Callable[[float, float], float]] = {
 
 @dataclasses.dataclass
 class Case:
-    """Steps at one site, and values there; every position has a token."""
+    """Steps at one site, values there, and values where the SAE reads; every position has a token."""
 
     sae: Sae
     x: Tensor
+    read: Tensor
     steps: list[Step]
 
     def __repr__(self) -> str:
@@ -333,64 +337,95 @@ class Case:
             (s.target[1] if isinstance(s.target, tuple) else "v", s.operation, s.amount, s.mask.tolist())
             for s in self.steps
         ]
-        return f"{self.sae!r} normalize={self.sae.normalize} basis={self.sae.basis} {steps}"
+        return f"{self.sae!r} normalize={self.sae.normalize} centred={self.sae.centred} {steps}"
+
+    def new_value(self, change: RowChange, positions: list[int]) -> Tensor:
+        read = {self.sae.site: self.read[positions]} if self.sae.kind.transcoder else {}
+        assert change.reads <= set(read)
+        return change.new_value(self.x[positions], torch.tensor(positions), read)
 
 
 @st.composite
-def cases(draw: st.DrawFn, directions: bool = True) -> Case:
-    d_in, d_sae, seed = draw(st.integers(8, 24)), draw(st.integers(8, 48)), draw(st.integers(0, 10_000))
-    architecture = draw(st.sampled_from(ARCHITECTURES))
+def cases(draw: st.DrawFn, directions: bool = True, editable: bool = False) -> Case:
+    architecture = draw(st.sampled_from([a for a in ARCHITECTURES if KINDS[a].editable or not editable]))
+    kind = KINDS[architecture]
+    d_in, d_sae, seed = draw(st.integers(8, 24)), 4 * draw(st.integers(2, 12)), draw(st.integers(0, 10_000))
     kwargs: dict[str, Any] = {
-        "normalize": draw(st.sampled_from(NORMALISATIONS)),
-        "basis": draw(st.sampled_from(["plain", "centred"])),
+        "normalize": draw(st.sampled_from(normalisations(architecture))),
+        "centred": draw(st.booleans()),
         "apply_b_dec_to_input": draw(st.booleans()),
     }
-    if architecture == "topk":
+    if architecture in ("topk", "abstopk"):
         kwargs |= {"k": draw(st.integers(1, d_sae)), "rescale_by_decoder_norm": draw(st.booleans())}
+    if architecture == "matching_pursuit":
+        kwargs |= {"pursuit": Pursuit(max_iterations=4)}
+    if kwargs["normalize"] == "constant_scalar_rescale":
+        kwargs |= {"scalar": draw(st.floats(0.1, 3))}
+    if kind.transcoder:
+        kwargs |= {"d_out": draw(st.integers(8, 24)), "centred_out": draw(st.booleans())}
+    generator = torch.Generator().manual_seed(seed)
+    if draw(st.booleans()):
+        kwargs |= {"offset": torch.randn(d_in, generator=generator)}
     sae = random_sae(d_in, d_sae, architecture, seed=seed, **kwargs)
     length = draw(st.integers(1, 6))
-    generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(length, d_in, generator=generator) + 0.5) * torch.rand(length, 1, generator=generator).mul(3).exp()
+
+    def values(width: int) -> Tensor:
+        size = torch.rand(length, 1, generator=generator).mul(3).exp()
+        return (torch.randn(length, width, generator=generator) + 0.5) * size
+
+    read = values(d_in)
+    x = values(sae.d_out) if kind.transcoder else read
     few = draw(st.lists(st.integers(0, d_sae - 1), min_size=1, max_size=3, unique=True))
     steps = []
     for _ in range(draw(st.integers(1, 5))):
         target: Any = (sae, draw(st.sampled_from(few)))
         if directions and draw(st.integers(0, 4)) == 0:
-            target = Direction(sae.site, torch.randn(d_in, generator=generator), "v")
+            target = Direction(sae.writes, torch.randn(sae.d_out, generator=generator), "v")
         mask = torch.tensor(draw(st.lists(st.booleans(), min_size=length, max_size=length)))
-        operation = draw(st.sampled_from(sorted(OPERATIONS)))
-        steps.append(Step(sae.site, target, operation, draw(st.floats(-30, 30, width=32)), mask))  # type: ignore[arg-type]
-    return Case(sae, x, steps)
+        possible = kind.editable or isinstance(target, Direction)
+        operation = draw(st.sampled_from(sorted(OPERATIONS))) if possible else "add"
+        steps.append(Step(sae.writes, target, operation, draw(st.floats(-30, 30, width=32)), mask))  # type: ignore[arg-type]
+    return Case(sae, x, read, steps)
+
+
+def normalisations(architecture: str) -> list[str]:
+    """What goes with an architecture."""
+    unknown = "covariance_whitening" if architecture == "temporal" else "constant_scalar_rescale"
+    return [name for name in NORMALISATIONS if name != unknown]
 
 
 def edited(case: Case, position: int) -> tuple[Tensor, Tensor, Tensor]:
     """At one position, dense and one step after another: decode(f), decode(f'), and how the directions move x."""
     sae, x = case.sae, case.x[position]
-    f = sae.encode(x)
+    f = sae.encode(case.read)  # of the whole text, which temporal SAEs need
     after = f.clone()
     moved = torch.zeros_like(x)
     for step in case.steps:
         if step.mask[position] and isinstance(step.target, tuple):
-            after[step.target[1]] = OPERATIONS[step.operation](float(after[step.target[1]]), step.amount)
+            feature = step.target[1]
+            after[position, feature] = OPERATIONS[step.operation](float(after[position, feature]), step.amount)
         elif step.mask[position]:
             v = step.target.vector  # type: ignore[union-attr]
             coordinate = float(x @ v / (v @ v))
             moved += (OPERATIONS[step.operation](coordinate, step.amount) - coordinate) * v
-    return sae.decode(f, x), sae.decode(after, x), moved
+    return sae.decode(f, case.read)[position], sae.decode(after, case.read)[position], moved
 
 
 def unclear(case: Case, position: int) -> bool:
     """Whether an activation that the steps read is nearer than 1e-5 (of the largest) to its threshold."""
     sae = case.sae
-    pre = sae._normalised(case.x[position]) @ sae.W_enc
+    if not sae.kind.editable:  # nothing is read
+        return False
+    pre = sae._normalised(case.read[position]) @ sae.W_enc
     near = 1e-5 * max(1.0, float(pre.abs().max()))
     features = [step.target[1] for step in case.steps if isinstance(step.target, tuple)]
-    if sae.architecture == "jumprelu":
+    if sae.threshold is not None:
         return bool(((pre + sae.b_enc - sae.threshold)[features].abs() < near).any())
     if sae.architecture == "gated":
         return bool(((pre + sae.b_gate)[features].abs() < near).any())
-    if sae.architecture == "topk" and sae.k < sae.d_sae:
+    if sae.architecture in ("topk", "abstopk") and sae.k < sae.d_sae:
         pre = (pre + sae.b_enc) * (sae.decoder_norm if sae.rescale_by_decoder_norm else 1)
+        pre = pre.abs() if sae.architecture == "abstopk" else pre
         last_in, first_out = pre.sort(descending=True).values[sae.k - 1 : sae.k + 1].tolist()
         return last_in - first_out < near
     return False
@@ -400,7 +435,7 @@ def positions_of(change: RowChange, case: Case) -> list[int]:
     return [p for p in range(len(case.x)) if p < len(change.any) and change.any[p] and not unclear(case, p)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(cases())
 def test_shortcuts_equal_the_full_computation(case: Case) -> None:
     change = RowChange(case.steps)
@@ -409,7 +444,7 @@ def test_shortcuts_equal_the_full_computation(case: Case) -> None:
     positions = positions_of(change, case)
     if not positions:
         return
-    found = change.new_value(case.x[positions], torch.tensor(positions))
+    found = case.new_value(change, positions)
     for row, position in zip(found, positions, strict=True):
         x = case.x[position]
         before, after, moved = edited(case, position)
@@ -418,19 +453,24 @@ def test_shortcuts_equal_the_full_computation(case: Case) -> None:
         assert float((row - expected).abs().max()) <= 1e-5 * largest
 
 
-@settings(max_examples=100, deadline=None)
-@given(cases(directions=False))
+@settings(max_examples=150, deadline=None)
+@given(cases(directions=False, editable=True))
 def test_the_blunt_form_is_the_decoding_of_the_edited_features(case: Case) -> None:
     change = RowChange(case.steps, keep_error=False)
     positions = positions_of(change, case)
-    if not positions or case.sae.architecture in ("jumprelu", "gated"):  # there all features' thresholds would count
-        return
-    found = change.new_value(case.x[positions], torch.tensor(positions))
+    if not positions or case.sae.threshold is not None or case.sae.architecture == "gated":
+        return  # there all features' thresholds would count
+    found = case.new_value(change, positions)
+    sae = case.sae
     for row, position in zip(found, positions, strict=True):
         x = case.x[position]
         _, after, _ = edited(case, position)
-        mean = x.mean() if case.sae.basis == "centred" else 0.0
-        assert float((row - (after + mean)).abs().max()) <= 1e-5 * max(float(after.abs().max()), float(x.abs().max()))
+        centred, shift = sae.centred, torch.zeros(sae.d_out) if sae.offset is None else sae.offset
+        if sae.kind.transcoder:
+            centred, shift = sae.centred_out, torch.zeros(sae.d_out)
+        mean = (x - shift).mean() if centred else 0.0
+        largest = max(float(t.abs().max()) for t in (after, x, case.read[position]))
+        assert float((row - (after + shift + mean)).abs().max()) <= 1e-5 * largest
 
 
 # ---- between tokens --------------------------------------------------------------------------------------------------

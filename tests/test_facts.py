@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lancet import facts, loading, processor
+from lancet import facts, loading, precision, processor
 from lancet.errors import MismatchError
 from lancet.lab import Lab
 from lancet.model import Model
@@ -59,17 +59,17 @@ def test_texts_longer_than_the_context_are_cut(model: Model) -> None:
 def test_another_saes_facts_are_not_taken(model: Model, part: str) -> None:
     sae = sae_of(model, Site(2))
     other = sae_of(model, Site(2), **{part: getattr(sae, part) + 0.25})
-    assert facts._fingerprint(model, sae) != facts._fingerprint(model, other)
-    assert facts._fingerprint(model, sae) == facts._fingerprint(model, sae_of(model, Site(2)))
+    assert facts.fingerprint(model, sae) != facts.fingerprint(model, other)
+    assert facts.fingerprint(model, sae) == facts.fingerprint(model, sae_of(model, Site(2)))
 
 
 def test_another_models_facts_are_not_taken(model: Model) -> None:
     sae = sae_of(model, Site(2))
-    before = facts._fingerprint(model, sae)
+    before = facts.fingerprint(model, sae)
     with torch.no_grad():
         for parameter in model.arch.decoder_layers[1].parameters():
             parameter.add_(0.1)
-    assert facts._fingerprint(model, sae) != before
+    assert facts.fingerprint(model, sae) != before
 
 
 def test_facts_of_another_width_are_refused(model: Model, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_bfloat16_only_where_it_is_clearly_faster(
 ) -> None:
     monkeypatch.setattr(processor, "measure", lambda: measured)
     assert processor.prefers_bfloat16() is chosen
-    dtype, note = loading.choose_dtype("auto", "cpu")
+    dtype, note = precision.choose_dtype("auto", "cpu")
     assert dtype == (torch.bfloat16 if chosen else torch.float32)
     assert str(dtype).removeprefix("torch.") in note
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from lancet.errors import DamagedError, UnknownName, UsageError
 from lancet.files import check_safetensors
 from lancet.loading import open_model
-from lancet.model import Model, Tokens
+from lancet.model import Model
 from lancet.site import Site
+from lancet.tokens import Tokens
 
 SENTENCE = "The Golden Gate Bridge is located in San Francisco."
 
@@ -42,6 +43,22 @@ def close(ours: Tensor, theirs: Tensor, relative: float) -> bool:
         ("resid_post.11", Site(11, "resid_post")),
         ("model.layers.11.output", Site(11, "resid_post")),
         ("transformer.h.11.output", Site(11, "resid_post")),
+        ("blocks.3.hook_resid_mid", Site(3, "resid_mid")),
+        ("blocks.3.hook_attn_out", Site(3, "attn_out")),
+        ("attn_out_post.3", Site(3, "attn_out")),
+        ("blocks.3.hook_mlp_out", Site(3, "mlp_out")),
+        ("model.layers.3.post_feedforward_layernorm.output", Site(3, "mlp_out")),
+        ("blocks.3.attn.hook_z", Site(3, "z")),
+        ("z.3", Site(3, "z")),
+        ("model.layers.3.self_attn.o_proj.input", Site(3, "z")),
+        ("transformer.h.3.attn.c_proj.input", Site(3, "z")),
+        ("gpt_neox.layers.3.attention.dense.input", Site(3, "z")),
+        ("blocks.3.ln2.hook_normalized", Site(3, "ln2.hook_normalized")),
+        ("blocks.3.mlp.hook_in", Site(3, "mlp.hook_in")),
+        ("mlp_in.3", Site(3, "mlp.hook_in")),
+        ("model.layers.3.pre_feedforward_layernorm.output", Site(3, "mlp.hook_in")),
+        ("transformer.h.3.mlp.output", Site(3, "mlp.hook_out")),
+        ("blocks.3.mlp.hook_out", Site(3, "mlp.hook_out")),
     ],
 )
 def test_spellings(text: str, site: Site) -> None:
@@ -55,10 +72,14 @@ def test_spellings(text: str, site: Site) -> None:
         ("", "write one as blocks.6.hook_resid_pre"),
         ("layer six", "write one as blocks.6.hook_resid_pre"),
         ("blocks.-1.hook_resid_pre", "write one as blocks.6.hook_resid_pre"),
-        ("blocks.6", "supported: resid_pre, resid_post"),
-        ("blocks.6.hook_mlp_out", "supported: resid_pre, resid_post"),
-        ("mlp_out.6", "supported: resid_pre, resid_post"),
-        ("model.layers.6.mlp.output", "write one as blocks.6.hook_resid_pre"),
+        ("blocks.6", "supported: blocks.6.hook_resid_pre, blocks.6.attn.hook_z"),
+        ("blocks.6.attn.hook_q", "'attn.hook_q' are not supported"),
+        ("blocks.6.ln1.hook_normalized", "'ln1.hook_normalized' are not supported"),
+        ("blocks.6.hook_mlp_in", "has two meanings: TransformerLens means the stream before the MLP's norm (blocks.6.hook_resid_mid)"),
+        ("attn_out.6", "TransformerLens what is added to the stream (blocks.6.hook_attn_out, attn_out_post.6)"),
+        ("model.layers.6.post_attention_layernorm.output", "in Gemma 2 and 3 that is blocks.6.hook_attn_out, in Llama and its kin blocks.6.mlp.hook_in"),
+        ("model.layers.6.self_attn.output", "'self_attn.output' are not supported"),
+        ("model.layers.6.weird", "write one as blocks.6.hook_resid_pre"),
     ],
 )
 def test_bad_sites(text: str, said: str) -> None:
@@ -336,7 +357,7 @@ def test_folder_without_a_config(tmp_path: Path) -> None:
 def test_unknown_model() -> None:
     with pytest.raises(UnknownName, match="nearest: smollm2") as caught:
         open_model("smolm2", "cpu")
-    assert caught.value.nearest == ["smollm2"]
+    assert caught.value.nearest[0] == "smollm2" and len(caught.value.nearest) == 5
 
 
 def test_unknown_device_and_dtype() -> None:

@@ -17,7 +17,9 @@ FILES = sorted(file for file in ROOT.rglob("*.py") if "assets" not in file.parts
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
 LAYERS = [  # docs/architecture.md; a module imports only from its own layer and from those above
     {"errors", "files", "units"},
-    {"site", "bench", "scoring", "embedded", "sae", "model", "processor", "loading"},
+    {"names", "catalogue", "hub", "convert", "published", "machine"},
+    {"pairing", "settings", "keeping", "hooks", "norms", "anatomy", "tokens", "basis", "hooked", "friends", "precision"}
+    | {"site", "bench", "scoring", "embedded", "architectures", "features", "weights", "saefile", "sae", "model", "processor", "loading"},
     {"algebra", "edit", "grammar"},
     {"facts", "reading", "generate", "continuation", "effect", "lab"},
     {"figures"},

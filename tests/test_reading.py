@@ -175,9 +175,11 @@ def test_a_reading_is_a_plain_encoding(which: str, labs: Callable[[str], Lab], r
 
 @pytest.mark.parametrize("normalize", NORMALISATIONS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("basis", ["plain", "centred"])
-def test_shares_sum_to_one(architecture: str, normalize: str, basis: str, labs: Any, tmp_path: Path) -> None:
-    lab = random_lab(labs("gpt2").model, architecture, d_sae=64, normalize=normalize, basis=basis)
+@pytest.mark.parametrize("centred", [False, True])
+def test_shares_sum_to_one(architecture: str, normalize: str, centred: bool, labs: Any, tmp_path: Path) -> None:
+    if normalize == ("covariance_whitening" if architecture == "temporal" else "constant_scalar_rescale"):
+        pytest.skip("sae-lens knows no such SAE")
+    lab = random_lab(labs("gpt2").model, architecture, d_sae=64, normalize=normalize, centred=centred)
     reading = with_facts(lab, tmp_path / "f.safetensors", [1.0], 1.0).read("The cat sat on the mat.")
     sums = torch.zeros(len(reading)).index_add(0, reading.features.token, reading.shares)
     lit = reading.features.l0() > 0
@@ -318,4 +320,4 @@ def test_facts_are_measured_once(labs: Callable[[str], Lab], tmp_path: Path, mon
     assert torch.equal(random_lab(model, d_sae=32).facts().maximum, first.facts().maximum)
     monkeypatch.undo()
     other = random_lab(model, d_sae=32, seed=1)
-    assert facts._fingerprint(model, other.saes[0]) != facts._fingerprint(model, first.saes[0])
+    assert facts.fingerprint(model, other.saes[0]) != facts.fingerprint(model, first.saes[0])

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from lancet import bench
 from lancet.loading import open_model, open_sae
-from lancet.model import Batch, Model
+from lancet.model import Model
 from lancet.sae import Sae
 from lancet.scoring import auroc_of_ranks, ranks
+from lancet.tokens import Batch
 
 PER_CONCEPT = 12
 

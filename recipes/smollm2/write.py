@@ -19,7 +19,8 @@ from lancet import bench
 from lancet.files import whole_file
 from lancet.generate import Sampling, rows
 from lancet.loading import open_model
-from lancet.model import Model, Tokens
+from lancet.model import Model
+from lancet.tokens import Tokens
 
 ROWS = 64
 TOKENS = 120

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from lancet.edit import Edit as Edit
     from lancet.effect import Effect as Effect
     from lancet.errors import LancetError as LancetError
+    from lancet.features import Features as Features
     from lancet.generate import Sampling as Sampling
     from lancet.lab import Feature as Feature
     from lancet.lab import Lab as Lab
     from lancet.lab import open_lab as open  # noqa: F401
     from lancet.model import Model as Model
     from lancet.reading import Reading as Reading
-    from lancet.sae import Features as Features
     from lancet.sae import Sae as Sae
     from lancet.site import Site as Site
 
@@ -35,7 +35,7 @@ _HOMES = {
     "Edit": "edit",
     "Effect": "effect",
     "Feature": "lab",
-    "Features": "sae",
+    "Features": "features",
     "Lab": "lab",
     "LancetError": "errors",
     "Model": "model",

@@ -99,6 +99,13 @@ def sentences(part: Part, per_concept: int, seed: int) -> Iterator[tuple[str, st
             yield name, expand(templates[i % len(templates)], rng)
 
 
+def neutral_texts(count: int, seed: int = 0) -> list[str]:
+    """Everyday texts of many kinds out of the passages: the bundled text that facts are measured on."""
+    rng = random.Random(seed)
+    templates = [template for lines in passages().values() for template in lines]
+    return [expand(template, rng) for template in rng.sample(templates, min(count, len(templates)))]
+
+
 @cache
 def _slots() -> dict[str, list[str]]:
     return tomllib.loads(_root().joinpath("slots.toml").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lancet.generate import Sampling
 
 if TYPE_CHECKING:
-    from lancet.model import Tokens
+    from lancet.tokens import Tokens
 
 
 @dataclass

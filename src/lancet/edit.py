@@ -5,12 +5,16 @@
 so that what the SAE fails to explain survives. Only the edited features are computed where the architecture allows it,
 and an add needs no encoder at all. Edits of one row at one site all read the same unedited `x`; several edits of one
 feature act on its activation in order.
+
+A transcoder reads at one site and writes at a later one: its edits act where it writes, on what it read earlier in the
+same forward pass. Its skip connection does not depend on features and cancels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from lancet.algebra import Direction, Expression, Ref
@@ -20,9 +24,9 @@ from lancet.units import Amount
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lancet.model import Tokens
     from lancet.sae import Sae
     from lancet.site import Site
+    from lancet.tokens import Tokens
 
 Operation = Literal["add", "set", "scale", "at_least", "at_most"]
 SIGNS: dict[str, Operation] = {"+=": "add", "=": "set", "*=": "scale", ">=": "at_least", "<=": "at_most"}
@@ -133,10 +137,13 @@ class Step:
     """An edit made ready for one row: everything but the value itself is known.
 
     Attributes:
-        site: where it acts.
+        site: where it acts; for a feature the site that its SAE writes.
         target: (Sae, feature index), or a Direction.
         operation, amount: as in Edit; the amount is raw.
         mask: [positions] where it acts.
+
+    Raises:
+        UsageError: the SAE's activations can be added to, but not set to anything.
     """
 
     site: Site
@@ -145,11 +152,31 @@ class Step:
     amount: float
     mask: Tensor
 
+    def __post_init__(self) -> None:
+        if isinstance(self.target, Direction) or self.operation == "add" or self.target[0].kind.editable:
+            return
+        sae, index = self.target
+        sign = next(sign for sign, operation in SIGNS.items() if operation == self.operation)
+        raise UsageError(
+            f"#{index} of {sae.name} can be added to (#{index} += ...) and not changed by {sign}: in a "
+            f"{sae.architecture} SAE an activation depends on all the others and on {_ELSE[sae.architecture]}"
+        )
+
+    @property
+    def reads(self) -> Site | None:
+        """The other site whose value it needs, None where it needs none."""
+        if isinstance(self.target, Direction) or self.operation == "add" or self.target[0].site == self.site:
+            return None
+        return self.target[0].site
+
     @property
     def idle(self) -> bool:
         """Whether it can change nothing."""
         nothing = (self.operation == "add" and self.amount == 0) or (self.operation == "scale" and self.amount == 1)
         return nothing or not bool(self.mask.any())
+
+
+_ELSE = {"matching_pursuit": "the order in which they were chosen", "temporal": "the tokens before"}
 
 
 def operate(operation: Operation, value: Tensor, amount: float) -> Tensor:
@@ -173,6 +200,9 @@ class RowChange:
     Args:
         steps: in the order in which they were given.
         keep_error: False replaces the value by the decoded features (the blunt form), where any step acts.
+
+    Raises:
+        UsageError: the blunt form of edits that are not of one SAE's features.
     """
 
     def __init__(self, steps: Sequence[Step], keep_error: bool = True) -> None:
@@ -184,6 +214,8 @@ class RowChange:
         self.any = torch.zeros(length, dtype=torch.bool)
         for step in self.steps:
             self.any[: len(step.mask)] |= step.mask
+        if self.steps and not keep_error:
+            self._check_blunt()
         # One constant vector everywhere the row is edited: the common case, and no encoder.
         self.constant: Tensor | None = None
         if keep_error and self.steps and all(self._constant(step) for step in self.steps):
@@ -199,25 +231,43 @@ class RowChange:
     def __bool__(self) -> bool:
         return bool(self.steps)
 
-    def new_value(self, x: Tensor, positions: Tensor) -> Tensor:
-        """[n, d] the changed values of n tokens of this row; `positions` [n] are absolute and all covered by `any`."""
+    @property
+    def reads(self) -> set[Site]:
+        """The sites before this one whose values it needs."""
+        blunt = set() if self.keep_error else {sae.site for sae, _ in self._by_sae() if sae.site != sae.writes}
+        return blunt | {step.reads for step in self.steps if step.reads is not None}
+
+    def new_value(self, x: Tensor, positions: Tensor, read: Mapping[Site, Tensor] | None = None) -> Tensor:
+        """The changed values of some tokens of this row.
+
+        Args:
+            x: [n, width] their values.
+            positions: [n] absolute, all covered by `any`.
+            read: site -> [n, width there] for each site in `reads`.
+
+        Returns:
+            [n, width].
+        """
         if self.constant is not None:
             return (x.float() + self.constant.to(x.device)).to(x.dtype)
         x32 = x.float()
         if not self.keep_error:
-            return self._replaced(x32, positions).to(x.dtype)
-        return (x32 + self._moved(x32, positions)).to(x.dtype)
+            return self._replaced(x32, positions, read or {}).to(x.dtype)
+        return (x32 + self._moved(x32, positions, read or {})).to(x.dtype)
 
-    def _moved(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _moved(self, x: Tensor, positions: Tensor, read: Mapping[Site, Tensor]) -> Tensor:
         import torch
 
         moved = torch.zeros_like(x)
         for sae, steps in self._by_sae():
-            features = torch.tensor(sorted({step.target[1] for step in steps}), device=x.device)  # type: ignore[index]
-            reads = any(step.operation != "add" for step in steps)
-            before = sae.encode_at(x, features) if reads else torch.zeros(len(x), len(features), device=x.device)
+            features = _features(steps, x)
+            if all(step.operation == "add" for step in steps):
+                before, seen = torch.zeros(len(x), len(features), device=x.device), x
+            else:
+                seen = x if sae.site == sae.writes else read[sae.site]
+                before = sae.encode_at(seen, features)
             after = _apply(before, features, steps, positions)
-            moved += sae.write(x, after - before, features)
+            moved += sae.write(seen, after - before, features)
         for step in self.steps:
             if isinstance(step.target, Direction):
                 vector = step.target.vector.to(x.device)
@@ -227,17 +277,25 @@ class RowChange:
                 moved += (after - before)[:, None] * vector
         return moved
 
-    def _replaced(self, x: Tensor, positions: Tensor) -> Tensor:
-        import torch
-
+    def _check_blunt(self) -> None:
         groups = self._by_sae()
         if len(groups) != 1 or any(isinstance(step.target, Direction) for step in self.steps):
             raise UsageError("keep_error=False replaces the value by one SAE's decoding; edit features of one SAE only")
-        sae, steps = groups[0]
-        f = sae.encode(x)
-        features = torch.arange(sae.d_sae, device=x.device)
-        new = sae.decode(_apply(f, features, steps, positions), x)
-        return new + (x - sae.in_basis(x))  # a centred SAE never saw the mean; the model keeps it
+        sae = groups[0][0]
+        if not sae.kind.editable:
+            raise UsageError(
+                f"keep_error=False replaces the value by the decoding of changed activations, which {sae.name}, a "
+                f"{sae.architecture} SAE, does not have; leave it (--blunt) out"
+            )
+
+    def _replaced(self, x: Tensor, positions: Tensor, read: Mapping[Site, Tensor]) -> Tensor:
+        ((sae, steps),) = self._by_sae()
+        seen = x if sae.site == sae.writes else read[sae.site]
+        lit, features = sae.features(seen), _features(steps, x)
+        before = lit.columns(features)
+        after = _apply(before, features, steps, positions)
+        new = sae.decode_features(lit, seen) + sae.write(seen, after - before, features)
+        return new + (x - sae.out_basis(x))  # a centred SAE never saw the mean; the model keeps it
 
     def _by_sae(self) -> list[tuple[Sae, list[Step]]]:
         groups: dict[int, tuple[Sae, list[Step]]] = {}
@@ -245,6 +303,13 @@ class RowChange:
             if not isinstance(step.target, Direction):
                 groups.setdefault(id(step.target[0]), (step.target[0], []))[1].append(step)
         return list(groups.values())
+
+
+def _features(steps: Sequence[Step], x: Tensor) -> Tensor:
+    """[m] the features that steps of one SAE act on."""
+    import torch
+
+    return torch.tensor(sorted({step.target[1] for step in steps}), device=x.device)  # type: ignore[index]
 
 
 def _apply(f: Tensor, features: Tensor, steps: Sequence[Step], positions: Tensor) -> Tensor:
@@ -266,25 +331,27 @@ def _unit_of(step: Step) -> Tensor:
     if isinstance(step.target, Direction):
         return step.target.vector
     sae, index = step.target
-    return sae.rows(torch.tensor([index], device=sae.W_dec.device))[0]
+    return sae.rows(torch.tensor([index]))[0]
 
 
 class BatchEdits:
     """All rows' changes at one site, as a function for `Model.at`.
 
     `place` must be called before every forward pass: it says which absolute positions its columns are. Rows without
-    changes, and positions outside every span, keep their bits.
+    changes, and positions outside every span, keep their bits. What transcoders read is taken on the way (`hooks`).
     """
 
     def __init__(self, rows: Sequence[RowChange]) -> None:
         self.rows = rows
+        self.reads: set[Site] = set().union(*(change.reads for change in rows))
         self._covered: list[tuple[int, Tensor, Tensor]] = []
+        self._read: dict[tuple[Site, int], Tensor] = {}
 
     def place(self, first: Sequence[int], columns: int) -> None:
         """Says that column 0 of the coming pass is absolute position `first[i]` of row i (negative: padding)."""
         import torch
 
-        self._covered = []
+        self._covered, self._read = [], {}
         for i, change in enumerate(self.rows):
             if not change:
                 continue
@@ -294,14 +361,29 @@ class BatchEdits:
             if bool(inside.any()):
                 self._covered.append((i, inside.nonzero()[:, 0], positions[inside]))
 
+    def saw(self, site: Site, value: Tensor) -> None:
+        """Keeps what the rows' transcoders read of the value at an earlier site in this pass."""
+        for i, columns, _ in self._covered:
+            if site in self.rows[i].reads:
+                self._read[site, i] = value[i, columns.to(value.device)]
+
     def __call__(self, value: Tensor) -> Tensor | None:
         if not self._covered:
             return None
         value = value.clone()
         for i, columns, positions in self._covered:
             columns = columns.to(value.device)
-            value[i, columns] = self.rows[i].new_value(value[i, columns], positions.to(value.device))
+            read = {site: self._read[site, i].to(value.device) for site in self.rows[i].reads}
+            value[i, columns] = self.rows[i].new_value(value[i, columns], positions.to(value.device), read)
         return value
 
 
-SiteFunctions = dict["Site", Callable[["Tensor"], "Tensor | None"]]
+def hooks(edits: Mapping[Site, BatchEdits]) -> Iterator[tuple[Site, Callable[[Tensor], Tensor | None]]]:
+    """What is to run at which site in a pass: the edits, and after those of the same site the reading for later ones.
+
+    A transcoder so reads what the model goes on with, earlier edits included, as the MLP does that it stands for.
+    """
+    yield from edits.items()
+    for edit in edits.values():
+        for site in edit.reads:
+            yield site, partial(edit.saw, site)

@@ -87,7 +87,7 @@ def changes(model: Model, site: Site, vectors: Tensor, batch: int = BATCH) -> It
     """Mean change of next-token log-probability, over PROMPTS, when each vector is added at the last position.
 
     Args:
-        vectors: [n, d_model], of the length at which they are to be added.
+        vectors: [n, width of the site], of the length at which they are to be added.
 
     Yields:
         [<= batch, vocab] float32, in order.
@@ -110,40 +110,38 @@ class _Prefix:
 
     def __init__(self, model: Model, site: Site, text: str) -> None:
         import torch
-        from transformers import DynamicCache
 
         self.model, self.site = model, site
         self.ids = torch.tensor([model.tokenize(text).ids], device=model.device)
-        cache = DynamicCache(config=model.hf.config)
+        self.cache = model.new_cache(1)
         with torch.inference_mode():
-            model.hf(input_ids=self.ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self.layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore
-            # The value that the vectors are added to is the same for all of them: the blocks below run once, here.
-            self.value = model.values(model.batch([self.ids[0].tolist()]), [site])[site][:, -1:].float()
-            self.plain = self._logits(torch.zeros(1, model.d_model, device=model.device)).log_softmax(-1)
+            model.forward(self.ids[:, :-1], cache=self.cache, last=True)
+            # What enters there is the same for all vectors: the blocks below run once, here.
+            entry = model.values(model.batch([self.ids[0].tolist()]), [site.entry])[site.entry]
+            self.entry = entry[:, -1:]
+            self.plain = self._logits(torch.zeros(1, model.d_site(site), device=model.device)).log_softmax(-1)
 
     def _logits(self, vectors: Tensor) -> Tensor:
         import torch
-        from transformers import DynamicCache
 
         n, length = len(vectors), self.ids.shape[1]
-        cache = DynamicCache(config=self.model.hf.config)
-        for index, (keys, values) in enumerate(self.layers):
-            cache.update(keys.expand(n, -1, -1, -1), values.expand(n, -1, -1, -1), index)
-        edited = self.value + vectors[:, None]
+        cache = self.model.repeated(self.cache, n)
 
-        def edit(value: Tensor) -> Tensor:
-            return edited.to(value.dtype)
+        def enter(value: Tensor) -> Tensor:
+            return self.entry.expand(n, -1, -1).to(value.dtype)
 
-        with torch.inference_mode(), self.model.from_site(self.site), self.model.at(self.site, edit):
-            out = self.model.hf(
-                input_ids=self.ids[:, -1:].expand(n, 1),
-                position_ids=torch.full((n, 1), length - 1, device=self.ids.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+        def add(value: Tensor) -> Tensor:
+            return (value.float() + vectors[:, None]).to(value.dtype)
+
+        at, site = self.model.at, self.site
+        with torch.inference_mode(), self.model.from_site(site), at(site.entry, enter), at(site, add):
+            out = self.model.forward(
+                self.ids[:, -1:].expand(n, 1),
+                positions=torch.full((n, 1), length - 1, device=self.ids.device),
+                cache=cache,
+                last=True,
             )
-        return out.logits[:, -1].float()
+        return out[:, -1].float()
 
     def change(self, vectors: Tensor) -> Tensor:
         """[n, vocab] change of log-probability."""

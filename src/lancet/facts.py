@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lancet import bench
+from lancet.bench import neutral_texts
 from lancet.errors import MismatchError
 from lancet.files import cache_dir, check_safetensors, whole_file
 
@@ -34,7 +33,8 @@ class Facts:
     Attributes:
         maximum: [d_sae] largest activation seen, 0 where it never fired.
         density: [d_sae] share of all tokens (start tokens left out) on which it fires.
-        norm: typical residual norm at the site: median L2 norm over tokens, start tokens left out.
+        norm: typical norm of the value at the site that the SAE writes: median L2 norm over tokens, start tokens left
+            out.
         tokens: how many tokens this was measured on.
         effect_ids, effect_values: [d_sae, n] the tokens that the feature makes likelier and by how many nats, None
             where the effect lens has not been run over all features.
@@ -86,13 +86,6 @@ class Facts:
         )
 
 
-def neutral_texts(count: int, seed: int = 0) -> list[str]:
-    """Everyday texts of many kinds out of the bench's passages: the bundled text that facts are measured on."""
-    rng = random.Random(seed)
-    templates = [template for lines in bench.passages().values() for template in lines]
-    return [bench.expand(template, rng) for template in rng.sample(templates, min(count, len(templates)))]
-
-
 def measure(model: Model, sae: Sae, texts: list[str]) -> Facts:
     """Maxima, densities and the typical norm over texts."""
     import torch
@@ -103,12 +96,13 @@ def measure(model: Model, sae: Sae, texts: list[str]) -> Facts:
     rows = sorted((model.tokenize(text, most=model.context) for text in texts), key=len)
     for first in range(0, len(rows), 32):
         batch = model.batch(rows[first : first + 32])
-        x = model.values(batch, [sae.site])[sae.site][batch.content].float()
-        features = sae.features(x)
-        maximum.scatter_reduce_(0, features.feature, features.value, "amax")
-        fired += torch.bincount(features.feature, minlength=sae.d_sae)
-        norms.append(x.norm(dim=1))
-        tokens += len(x)
+        values = model.values(batch, [sae.site, sae.writes])
+        x, written = values[sae.site], values[sae.writes][batch.content]
+        for features in sae.features_of(x, batch.content):
+            maximum.scatter_reduce_(0, features.feature, features.value, "amax")
+            fired += torch.bincount(features.feature, minlength=sae.d_sae)
+        norms.append(written.float().norm(dim=1))
+        tokens += len(written)
     return Facts(maximum, fired / tokens, float(torch.cat(norms).median()), tokens)
 
 
@@ -126,21 +120,19 @@ def of(model: Model, sae: Sae, shipped: Path | None = None) -> Facts:
                 f"delete it, and facts are measured anew"
             )
         return facts
-    path = cache_dir() / "facts" / f"{_fingerprint(model, sae)}.safetensors"
+    path = cache_dir() / "facts" / f"{fingerprint(model, sae)}.safetensors"
     if not path.is_file():
         measure(model, sae, neutral_texts(MEASURED_TEXTS)).save(path)
     return Facts.load(path)
 
 
-def _fingerprint(model: Model, sae: Sae) -> str:
+def fingerprint(model: Model, sae: Sae) -> str:
     """Of the weights that the facts depend on, by samples of them: cheap, and another pair differs everywhere."""
-    import torch
-
-    told = (sae.site, sae.architecture, sae.normalize, sae.basis, sae.k, sae.apply_b_dec_to_input)
+    told = (sae.site, sae.writes, sae.architecture, sae.normalize, sae.scalar, sae.centred, sae.k)
+    told += (sae.apply_b_dec_to_input, sae.pursuit, sae.temporal and (sae.temporal.heads, sae.temporal.k))
     digest = hashlib.sha256(f"{told} {sae.rescale_by_decoder_norm} {model.dtype} {model.start_plain}".encode())
-    own = [value for _, value in sorted(vars(sae).items()) if isinstance(value, torch.Tensor)]
-    below = [parameter for block in model.arch.decoder_layers[: sae.site.depth] for parameter in block.parameters()]
-    for count, tensors in ((4096, own), (64, [*model.hf.get_input_embeddings().parameters(), *below])):
+    own = [value for _, value in sorted(sae.tensors())]
+    for count, tensors in ((4096, own), (64, model.parameters_below(sae.writes))):
         for tensor in tensors:
             flat = tensor.detach().flatten()
             digest.update(str(tuple(tensor.shape)).encode())

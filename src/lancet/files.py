@@ -13,8 +13,8 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,22 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DamagedError(f"{path} is not valid JSON ({error}); restore it or fetch it again") from error
+
+
+def kept_json(path: Path, make: Callable[[], Any]) -> Any:
+    """What `path` holds, made and written there when it is missing or damaged.
+
+    A cache that cannot be written costs the same work again, and nothing else.
+    """
+    if path.is_file():
+        try:
+            return read_json(path)
+        except DamagedError:
+            path.unlink()
+    found = make()
+    with suppress(LancetError):
+        write_json(path, found)
+    return found
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:

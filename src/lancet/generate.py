@@ -13,14 +13,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lancet.edit import BatchEdits, RowChange
+from lancet.edit import BatchEdits, RowChange, hooks
 from lancet.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lancet.model import Model, Tokens
+    from lancet.model import Model
     from lancet.site import Site
+    from lancet.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,6 @@ def rows(
         UsageError: prompt and new tokens exceed the context.
     """
     import torch
-    from transformers import DynamicCache
 
     longest = max(map(len, prompts))
     if longest + tokens > model.context:
@@ -122,9 +122,9 @@ def rows(
     ids = torch.where(batch.mask, batch.ids, batch.ids.gather(1, batch.mask.int().argmax(1, keepdim=True)))
     mask = batch.mask.long()
     first = [len(prompt) - longest for prompt in prompts]
-    ends = _end_tokens(model) if stop else set()
+    ends = model.ends if stop else set()
     processors, greedy = sampling.processors(), sampling.temperature == 0
-    cache = DynamicCache(config=model.hf.config)
+    cache = model.new_cache(len(prompts))
     done = [False] * len(prompts)
     edits = {site: BatchEdits([change.get(site, RowChange([])) for change in changes]) for site in _sites(changes)}
     for step in range(tokens):
@@ -132,19 +132,13 @@ def rows(
         with torch.inference_mode(), ExitStack() as stack:
             new = ids if step == 0 else ids[:, -1:]
             begin = ids.shape[1] - new.shape[1]
-            for site, edit in edits.items():
+            for edit in edits.values():
                 edit.place([f + begin for f in first], new.shape[1])
-                stack.enter_context(model.at(site, edit))
+            for site, function in hooks(edits):
+                stack.enter_context(model.at(site, function))
             positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, begin:]
-            out = model.hf(
-                input_ids=new,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            scores = processors(ids, out.logits[:, -1].float())
+            out = model.forward(new, mask, positions, cache, last=True)
+            scores = processors(ids, out[:, -1].float())
             if bool(scores.isnan().any()):
                 raise UsageError(
                     f"the model's numbers ran over at new token {step + 1} (NaN): give the edits a smaller amount, or "
@@ -168,16 +162,12 @@ def logits(model: Model, prompts: Sequence[Tokens], changes: Sequence[dict[Site,
     batch = model.batch(prompts)
     edits = {site: BatchEdits([change.get(site, RowChange([])) for change in changes]) for site in _sites(changes)}
     with torch.inference_mode(), ExitStack() as stack:
-        for site, edit in edits.items():
+        for edit in edits.values():
             edit.place([0] * len(prompts), batch.ids.shape[1])
-            stack.enter_context(model.at(site, edit))
-        return model.hf(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        for site, function in hooks(edits):
+            stack.enter_context(model.at(site, function))
+        return model.forward(batch.ids, batch.mask.long())
 
 
 def _sites(changes: Sequence[dict[Site, RowChange]]) -> list[Site]:
     return sorted({site for change in changes for site, row in change.items() if row})
-
-
-def _end_tokens(model: Model) -> set[int]:
-    ends = model.hf.generation_config.eos_token_id if model.hf.generation_config else None
-    return set(ends) if isinstance(ends, list) else {ends} - {None}  # type: ignore[return-value]

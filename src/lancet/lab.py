@@ -7,7 +7,7 @@ lab.generate("I went to the grocery store to buy", "#123 += 0.5rn")
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
     from lancet.effect import Effect
     from lancet.facts import Facts
-    from lancet.model import Model, Tokens
+    from lancet.model import Model
     from lancet.reading import Reading
     from lancet.sae import Sae
+    from lancet.tokens import Tokens
 
 Edits: TypeAlias = str | Edit | Sequence[str | Edit] | None
 Prompt: TypeAlias = "str | Sequence[dict[str, str]] | Tokens"
 ROWS_AT_ONCE = 32
+MOST_HOOKED = 1 << 16  # tokens after the prompt that hooks of a model without a context length reach
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Feature:
         maximum: its largest activation over the measured text, 0 where it never fired.
         density: share of all tokens on which it fires.
         says: what it makes the model say, "" where not measured.
+        url: its public page, "" where it has none.
     """
 
     sae: str
@@ -56,6 +59,7 @@ class Feature:
     maximum: float = 0.0
     density: float = 0.0
     says: str = ""
+    url: str = ""
 
     def __str__(self) -> str:
         return f"#{self.index}" + (f" {self.name}" if self.name else "") + (f" ({self.says})" if self.says else "")
@@ -65,14 +69,25 @@ class Lab:
     """A model and one or more SAEs of it.
 
     Args:
-        model: an opened Model.
-        saes: the SAEs, the default one first.
+        model: an opened Model, or what you hold already: a transformers model (with its tokenizer as a pair), a
+            HookedTransformer or a TransformerBridge. It is used as it is; nothing is copied.
+        saes: the SAE or SAEs, the default one first; sae-lens' own are taken too.
         facts: site -> path of the facts that ship with the SAE there; others are measured when first needed.
+        basis: "plain" or "centred", for SAEs of sae-lens that do not state how their model was loaded.
     """
 
-    def __init__(self, model: Model, saes: Sequence[Sae], facts: Mapping[Site, Path | None] | None = None) -> None:
-        self.model = model
-        self.saes = list(saes)
+    def __init__(
+        self,
+        model: Any,
+        saes: Any = (),
+        facts: Mapping[Site, Path | None] | None = None,
+        basis: str | None = None,
+    ) -> None:
+        from lancet import friends
+
+        self.model: Model = friends.model_of(model)
+        held = list(saes) if isinstance(saes, (list, tuple)) else [saes]
+        self.saes: list[Sae] = [friends.sae_of(sae, self.model, basis) for sae in held]
         self.names: dict[str, Ref | Direction] = {}
         self._shipped = dict(facts or {})
         self._facts: dict[Site, Facts] = {}  # by site: two folders may bear one name
@@ -96,6 +111,9 @@ class Lab:
         for sae in self.saes:
             if sae.site == site:
                 return sae
+        written = [sae for sae in self.saes if sae.writes == site]
+        if len(written) == 1:
+            return written[0]
         raise UsageError(f"no SAE at {site} is open; open are {', '.join(str(sae.site) for sae in self.saes)}")
 
     def facts(self, sae: Sae | None = None) -> Facts:
@@ -104,6 +122,13 @@ class Lab:
         if sae.site not in self._facts:
             self._facts[sae.site] = facts_module.of(self.model, sae, self._shipped.get(sae.site))
         return self._facts[sae.site]
+
+    def _norm(self, site: Site) -> float:
+        """The typical norm at a site, from the facts of an SAE that writes there."""
+        for sae in self.saes:
+            if sae.writes == site:
+                return self.facts(sae).norm
+        raise UsageError(f"no open SAE writes {site}, and its typical norm is not known; give a raw amount")
 
     def feature(self, which: int | str, sae: str | Site | None = None) -> Feature:
         """A feature by number or name, with what is known of it.
@@ -126,6 +151,7 @@ class Lab:
             maximum=float(known.maximum[index]),
             density=float(known.density[index]),
             says=self.label(index, owner),
+            url=f"{owner.page}/{index}" if owner.page else "",
         )
 
     def label(self, index: int, sae: Sae | None = None, count: int = 3) -> str:
@@ -181,9 +207,9 @@ class Lab:
     def _row(self, sae: Sae, index: int) -> Direction:
         import torch
 
-        vector = sae.rows(torch.tensor([sae.check_feature(index)], device=sae.W_dec.device))[0]
+        vector = sae.rows(torch.tensor([sae.check_feature(index)]))[0]
         several = len(self.saes) > 1
-        return Direction(sae.site, vector, f"{sae.site if several else ''}#{index}")
+        return Direction(sae.writes, vector, f"{sae.site if several else ''}#{index}")
 
     def direction(self, expression: str | Expression | Direction) -> Direction:
         """The Direction of an expression such as `love - romance` or `0.6 * #12 + 0.4 * #77`.
@@ -210,7 +236,7 @@ class Lab:
 
     def tokenize(self, prompt: Prompt) -> Tokens:
         """Text, chat messages or ready Tokens, as Tokens."""
-        from lancet.model import Tokens
+        from lancet.tokens import Tokens
 
         if isinstance(prompt, Tokens):
             return prompt
@@ -265,7 +291,7 @@ class Lab:
         found: dict[int, Effect] = {}
         for site in dict.fromkeys(direction.site for direction in directions):
             chosen = [i for i, direction in enumerate(directions) if direction.site == site]
-            length = strength * self.facts(self.sae(site)).norm
+            length = strength * self._norm(site)
             vectors = torch.stack([directions[i].unit().vector * length for i in chosen])
             for change, i in zip(
                 (row for part in lens.changes(self.model, site, vectors) for row in part), chosen, strict=True
@@ -293,7 +319,7 @@ class Lab:
                 size, maximum = found.norm, None
                 if size == 0:
                     raise UsageError(f"{found.recipe} is the zero vector and points nowhere; choose other parts")
-                norm = self.facts(self.sae(found.site)).norm if edit.amount.unit == "rn" else None
+                norm = self._norm(found.site) if edit.amount.unit == "rn" else None
             else:
                 sae = self.sae(found.site)
                 target = (sae, sae.check_feature(found.index))
@@ -305,7 +331,7 @@ class Lab:
                     size *= norm / sae.d_in**0.5
             steps.append(
                 Step(
-                    site=sae.site if sae else found.site,  # type: ignore[union-attr,arg-type]
+                    site=sae.writes if sae else found.site,  # type: ignore[union-attr,arg-type]
                     target=target,
                     operation=edit.operation,
                     amount=edit.amount.raw(maximum, norm, size),
@@ -325,6 +351,34 @@ class Lab:
         for step in self.steps(edits, prompt, length):
             by_site.setdefault(step.site, []).append(step)
         return {site: RowChange(steps, keep_error) for site, steps in by_site.items()}
+
+    def fwd_hooks(
+        self, edits: Edits, prompt: Prompt, keep_error: bool = True
+    ) -> list[tuple[str, Callable[..., Tensor | None]]]:
+        """TransformerLens' (name, function) pairs: `with model.hooks(fwd_hooks=lab.fwd_hooks("#12 += 80", prompt))`.
+
+        They may be used for passes over the prompt, over longer texts that begin with it, and for `model.generate` with
+        its cache or without, any number of rows of the same length. The lab must hold the TransformerLens model.
+
+        Args:
+            prompt: the text that spans are about; the model must be given the very same tokens.
+
+        Raises:
+            UsageError: see `friends.fwd_hooks`.
+        """
+        from lancet import friends
+        from lancet.edit import BatchEdits, hooks
+
+        tokens = self.tokenize(prompt)
+        changes = self.changes(edits, tokens, min(self.model.context, len(tokens) + MOST_HOOKED), keep_error)
+        ready = {site: BatchEdits([change]) for site, change in changes.items() if change}
+
+        def place(rows: int, first: int, columns: int) -> None:
+            for site, edit in ready.items():
+                edit.rows = [changes[site]] * rows
+                edit.place([first] * rows, columns)
+
+        return friends.fwd_hooks(self.model, hooks(ready), place, len(tokens))
 
     def logits(self, text: str | Tokens, edits: Edits = None, keep_error: bool = True) -> Tensor:
         """[seq, vocab] next-token logits of a whole text under edits, in one uncached pass."""
@@ -467,22 +521,36 @@ def open_lab(
     device: str = "auto",
     dtype: str = "auto",
     say: Any = lambda line: None,
+    basis: str | None = None,
+    anyway: bool = False,
+    sae_memory: str = "auto",
 ) -> Lab:
     """Opens a model and its SAEs.
 
     Args:
-        model: a name (`smollm2`) or a folder in transformers' layout.
-        sae: a site of a bundled SAE, a folder in sae-lens' layout, or several; the bundled default where none is named.
+        model: a name (`smollm2`, `gpt2-small`), owner/name on the hub, or a folder in transformers' layout.
+        sae: `release/id` of a published SAE, a site of a bundled SAE or of the model's default release, a folder in
+            sae-lens' layout, or several; the model's default where none is named.
         device: "auto" takes CUDA, then Apple's MPS, then the CPU.
         dtype: "auto", "float32", "bfloat16" or "float16".
-        say: called with a line of text when something takes long.
+        say: called with a line of text when something takes long; see `loading.open_model`.
+        basis: "plain" or "centred", for SAEs of which nothing states it.
+        anyway: open SAEs that were trained on another model too.
+        sae_memory: "auto" (half of what is free) or a size such as "2GB" that the SAEs' matrices may take on a card. An
+            SAE that takes more stays on the CPU, mapped, and only the rows and columns that are needed go over.
 
     Raises:
         UnknownName, MissingError, MismatchError, DamagedError: see `lancet.errors`.
     """
     from lancet.loading import open_model, open_sae
+    from lancet.units import size
 
+    left = size(sae_memory)
     opened = open_model(model, device, dtype, say)
     names: Sequence[str | None] = [sae] if sae is None or isinstance(sae, str) else list(sae)
-    pairs = [open_sae(opened, name) for name in names]
+    pairs = []
+    for name in names:
+        pairs.append(open_sae(opened, name, basis, anyway, say, left))
+        if left is not None:
+            left = max(0, left - pairs[-1][0].bytes_on(opened.device))
     return Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs})

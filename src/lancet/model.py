@@ -1,85 +1,36 @@
 """A causal language model with its tokenizer: text to tokens, tokens to the values at a site.
 
-Knows positions and nothing about SAEs. Index 0 of every text is the start token, exactly one, the one that the model
-was trained to see there; a batch is padded, never packed, so that no text attends to another.
+Knows positions and nothing about SAEs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lancet.anatomy import Anatomy
 from lancet.errors import UsageError
+from lancet.hooks import Place, hook
 from lancet.site import Site
+from lancet.tokens import Batch, Texts
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# A function of the value at a site, [batch, seq, d_model] -> the same shape, or None to leave it as it is.
+    from lancet.basis import Basis
+
+# A function of the value at a site, [batch, seq, width] -> the same shape, or None to leave it as it is.
 SiteFunction = Callable[["Tensor"], "Tensor | None"]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """One text as the model sees it.
-
-    Attributes:
-        text: the characters; for a chat, the rendered template.
-        ids: token ids, the start token first.
-        spans: for each token its (begin, end) in `text`; the start token has (0, 0) unless it is written in the text.
-        roles: for each token "start", "text" or, in a chat, "system", "user", "assistant" or "marker" (the template's
-            own tokens).
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
-    roles: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def piece(self, position: int) -> str:
-        """The characters of one token ("" for the start token); the pieces of a text joined are the text.
-
-        A character that is cut into several tokens belongs to the first of them; `spans` has it at each.
-        """
-        begin, end = self.spans[position]
-        if position:
-            begin = max(begin, self.spans[position - 1][1])
-        return self.text[begin:end]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of different lengths, padded.
-
-    Attributes:
-        ids: [batch, seq] token ids.
-        mask: [batch, seq] True where a token is.
-        start: [batch] index of each row's start token.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    start: Tensor
-
-    @property
-    def content(self) -> Tensor:
-        """[batch, seq] True at every token but the start token."""
-        import torch
-
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return self.mask & (columns[None] != self.start[:, None])
-
-
 @dataclass(repr=False)
-class Model:
+class Model(Texts):
     """A transformers model, its tokenizer, and what must be known to feed it right.
 
     Attributes:
@@ -87,6 +38,7 @@ class Model:
         hf: the transformers model, in eval mode.
         tokenizer: its fast tokenizer.
         start_plain: the id that plain text starts with, None where the model has none.
+        start_chat: the id that a chat starts with.
         notes: what was chosen automatically, in words (dtype, device).
     """
 
@@ -101,16 +53,28 @@ class Model:
         from interp_engine.arch import resolve_arch
 
         self.hf.eval()
-        self.arch = resolve_arch(self.hf, self.hf.config)
+        config = copy(self.hf.config)
+        if not config.architectures:  # made by hand; interp-engine looks up facts by it
+            config.architectures = [type(self.hf).__name__]
+        self.arch = resolve_arch(self.hf, config)
+        self.anatomy = Anatomy(self.arch, self.dtype, self._probe)
+        self._paused = False
+        self._normalised: dict[int, dict[str, Tensor]] = {}  # block -> its MLP's normalised input during a pass
 
     def __repr__(self) -> str:
-        return f"Model({self.name!r}, {self.n_layers} layers, width {self.d_model}, {self.dtype}, {self.device})"
+        shape = f"{self.n_layers} layers, width {self.d_model}"
+        return f"{type(self).__name__}({self.name!r}, {shape}, {self.dtype}, {self.device})"
 
     # ---- facts -------------------------------------------------------------------------------------------------
 
     @property
     def d_model(self) -> int:
         return self.arch.d_model
+
+    @property
+    def d_vocab(self) -> int:
+        """How many logits it computes."""
+        return self.arch.vocab_size
 
     @property
     def n_layers(self) -> int:
@@ -129,168 +93,174 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
 
+    @property
+    def ends(self) -> set[int]:
+        """The ids that end a text."""
+        ends = self.hf.generation_config.eos_token_id if self.hf.generation_config else None
+        return set(ends) if isinstance(ends, list) else {ends} - {None}  # type: ignore[return-value]
+
     def check_site(self, site: Site) -> Site:
-        """Raises UsageError where the model has no such block."""
+        """Sees to it that the value at a site can be had, and changed, exactly.
+
+        Raises:
+            UsageError: the model has no such block, or its architecture no such value; says why.
+        """
         if not 0 <= site.layer < self.n_layers:
+            first, last = Site(0, site.kind), Site(self.n_layers - 1, site.kind)
             raise UsageError(
-                f"no site {site} in {self.name}: it has blocks 0 to {self.n_layers - 1}; "
-                f"choose one of blocks.0.hook_{site.kind} to blocks.{self.n_layers - 1}.hook_{site.kind}"
+                f"no site {site} in {self.name}: it has blocks 0 to {last.layer}; choose one of {first} to {last}"
             )
+        self.anatomy.check(site)
         return site
 
-    # ---- text to tokens ----------------------------------------------------------------------------------------
+    def d_site(self, site: Site) -> int:
+        """The width of the value at a site: d_model, or heads * d_head for z."""
+        return self.anatomy.width(site)
 
-    def tokenize(self, text: str, most: int | None = None) -> Tokens:
-        """Plain text, with exactly one start token.
+    @property
+    def processed(self) -> Basis:
+        """What was done to the weights before the model came here: nothing, for one that transformers loaded."""
+        from lancet.basis import Basis
 
-        Args:
-            most: cut the text to so many tokens, the start token counted, instead of refusing a long one.
+        return Basis()
 
-        Raises:
-            UsageError: the text is empty or longer than the context.
-        """
-        if not text:
-            raise UsageError("the text is empty; give at least one character")
-        return self._tokens(text, self.start_plain, lambda begin: "text", most)
+    @property
+    def is_layer_norm(self) -> bool:
+        """Whether the stream is read through LayerNorms (not RMSNorms)."""
+        return self.anatomy.is_layer_norm
 
-    def tokenize_chat(self, messages: Sequence[dict[str, str]], answer: bool = True) -> Tokens:
-        """A chat through the model's own template.
-
-        Args:
-            messages: [{"role": "user", "content": "..."}, ...].
-            answer: end with the template's opening of the assistant's turn.
-
-        Raises:
-            UsageError: the model has no chat template, it refuses or rewrites a message, or a message is empty.
-        """
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise UsageError(f"{self.name} has no chat template; leave out --chat and give plain text")
-        if not messages or not all(message.get("content") for message in messages):
-            raise UsageError("the chat has an empty message; give each turn at least one character")
-        text = self._render(messages, answer)
-        turns = self._turns(messages, text, answer)
-
-        def role(begin: int) -> str:
-            return next((name for first, end, name in turns if first <= begin < end), "marker")
-
-        return self._tokens(text, self.start_chat, role)
-
-    def _render(self, messages: Sequence[dict[str, str]], answer: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer))
-        except TemplateError as error:  # some templates know no system role, or want the turns to alternate
-            raise UsageError(f"{self.name}'s chat template refuses this chat: {error}") from error
-
-    def _turns(self, messages: Sequence[dict[str, str]], text: str, answer: bool) -> list[tuple[int, int, str]]:
-        """(begin, end, role) of each message's own characters in `text`.
-
-        Read off the template filled with placeholders: a short message may well occur in the template's own words too.
-        """
-        places = [f"\ue000{i}\ue001" for i in range(len(messages))]
-        frame = self._render([{**m, "content": place} for m, place in zip(messages, places, strict=True)], answer)
-        turns, read, end = [], 0, 0
-        for message, place in zip(messages, places, strict=True):
-            said, at = message["content"], frame.find(place, read)
-            begin = end + at - read
-            # Some templates trim what they are given.
-            content = next((c for c in (said, said.strip()) if text.startswith(c, begin)), None)
-            if at < 0 or content is None:
-                raise UsageError(f"{self.name}'s chat template rewrites {said[:40]!r}; give the chat as plain text")
-            read, end = at + len(place), begin + len(content)
-            turns.append((begin, end, message["role"]))
-        return turns
-
-    def _tokens(self, text: str, start: int | None, role: Callable[[int], str], most: int | None = None) -> Tokens:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair: bytes that were not UTF-8 on the command line
+    def check_centring(self) -> None:
+        """Raises UsageError where the stream without its mean is not what TransformerLens' centring leaves of it."""
+        if any("word_embeddings" in name and "norm" in name for name, _ in self.arch.trunk.named_children()):
             raise UsageError(
-                f"the text is not valid Unicode at character {error.start + 1}; give it in UTF-8"
-            ) from error
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = list(encoding["input_ids"])
-        spans = [(int(begin), int(end)) for begin, end in encoding["offset_mapping"]]
-        roles = [role(begin) for begin, _ in spans]
-        if start is not None:
-            if ids[:1] in ([self.start_plain], [self.start_chat]):  # the text brings its own
-                roles[0] = "start"
-            else:
-                ids, spans, roles = [start, *ids], [(0, 0), *spans], ["start", *roles]
-        ids, spans, roles = ids[:most], spans[:most], roles[:most]
-        if len(ids) > self.context:
-            raise UsageError(
-                f"the text has {len(ids)} tokens, {self.name} takes at most {self.context}; shorten or split it"
+                f"{self.name} norms its embeddings before the first block, where centred writing weights leave a mean; "
+                f"an SAE of that basis cannot be had exactly"
             )
-        return Tokens(text, tuple(ids), tuple(spans), tuple(roles))
 
-    def batch(self, rows: Sequence[Tokens] | Sequence[Sequence[int]], side: str = "right") -> Batch:
-        """Pads rows to one length. Generation pads on the left, everything else on the right."""
+    def value_bias(self, layer: int, norm_bias: bool) -> Tensor | None:
+        """[heads * d_head] what z holds of the value bias; see `Anatomy.value_bias`."""
+        return self.anatomy.value_bias(layer, norm_bias)
+
+    def parameters_below(self, site: Site) -> list[Tensor]:
+        """The plain weights that the value at a site depends on: embeddings and blocks."""
         import torch
 
-        ids_of = [list(row.ids) if isinstance(row, Tokens) else list(row) for row in rows]
-        longest = max(map(len, ids_of))
-        ids = torch.zeros(len(ids_of), longest, dtype=torch.long)
-        mask = torch.zeros(len(ids_of), longest, dtype=torch.bool)
-        start = torch.zeros(len(ids_of), dtype=torch.long)
-        for i, row in enumerate(ids_of):
-            first = longest - len(row) if side == "left" else 0
-            ids[i, first : first + len(row)] = torch.tensor(row)
-            mask[i, first : first + len(row)] = True
-            # Without a start token no position is one: -1 equals no column.
-            start[i] = first if self.start_plain is not None or self.start_chat is not None else -1
-        return Batch(ids.to(self.device), mask.to(self.device), start.to(self.device))
+        blocks = self.arch.decoder_layers[: site.depth]
+        weights = [*self.hf.get_input_embeddings().parameters(), *(p for block in blocks for p in block.parameters())]
+        return [p.data for p in weights if type(p.data) is torch.Tensor and not p.is_meta]  # not packed, not elsewhere
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        return str(self.tokenizer.decode(list(ids)))
+    # ---- tokens to logits --------------------------------------------------------------------------------------
+
+    def new_cache(self, rows: int) -> Any:
+        """An empty cache of keys and values for `forward`."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.hf.config)
+
+    def repeated(self, cache: Any, rows: int) -> Any:
+        """A cache of one row as a cache of many; the row's own tensors are not copied until they grow."""
+        new = self.new_cache(rows)
+        for index, layer in enumerate(cache.layers):
+            new.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+        return new
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+        last: bool = False,
+    ) -> Tensor:
+        """One pass.
+
+        Args:
+            ids: [batch, new] the tokens that the cache does not have yet.
+            mask: [batch, cached + new] 1 where a token is; None where there is no padding.
+            positions: [batch, new] of each token in its row; None counts from 0.
+            cache: grows by the new tokens.
+            last: compute the last position only.
+
+        Returns:
+            [batch, new or 1, vocab] logits in the model's dtype.
+        """
+        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if last:
+            said["logits_to_keep"] = 1
+        return self.hf(input_ids=ids, use_cache=cache is not None, **said).logits
 
     # ---- tokens to values --------------------------------------------------------------------------------------
 
-    def module(self, site: Site) -> torch.nn.Module:
-        """The block that a site belongs to."""
-        return self.arch.decoder_layers[self.check_site(site).layer]
-
     @contextmanager
     def at(self, site: Site, function: SiteFunction) -> Iterator[None]:
-        """Runs `function` on the value at `site` in every forward pass inside the block; the hook always comes off."""
-        from interp_engine.hooks import hidden_arg_index
+        """Runs `function` on the value at `site` in every forward pass inside the block; the hook always comes off.
 
-        block = self.module(site)
+        What the function returns is what the model computes with from there on. Between attention and MLP the stream
+        is changed in place, so that the MLP's norm and the sum that follows read the very same numbers; a change of
+        the normalised MLP input reaches the MLP as that change times the norm's gain.
 
-        def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            index = hidden_arg_index(args)
-            value = args[index] if index is not None else kwargs["hidden_states"]
-            new = function(value)
-            if new is None:
-                return None
-            if index is not None:
-                return (*args[:index], new, *args[index + 1 :]), kwargs
-            return args, {**kwargs, "hidden_states": new}
-
-        def after(_module: Any, _args: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                new = function(output[0])
-                return None if new is None else (new, *output[1:])
-            return function(output)
-
-        if site.kind == "resid_pre":
-            handle = block.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = block.register_forward_hook(after)
+        Raises:
+            UsageError: see `check_site`.
+        """
+        handles = self._hooks(self.check_site(site), self._unless_paused(function))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+            self._normalised.get(site.layer, {}).clear()
+
+    def _hooks(self, site: Site, function: SiteFunction) -> list[Any]:
+        place = self.anatomy.place(site)
+        if site.kind == "resid_mid":
+
+            def in_place(value: Tensor) -> None:
+                new = function(value.clone())  # a copy: who only reads must not see a later change
+                if new is not None:
+                    value.copy_(new)
+
+            return [hook(place, in_place)]
+        if site.kind == "ln2.hook_normalized":
+            norm, held = self.anatomy.norm(site.layer), self._normalised.setdefault(site.layer, {})
+
+            def keep(value: Tensor) -> None:
+                held.clear()
+                held["input"] = value
+
+            def before_gain(value: Tensor) -> Tensor | None:
+                if "now" not in held:  # the first of several functions; the others see what it made of it
+                    held["now"] = norm.normalised(held.pop("input"))
+                old, new = held["now"], function(held["now"])
+                if new is None:
+                    return None
+                held["now"] = new.float()
+                return (value.float() + (held["now"] - old) * norm.gain.to(value.device)).to(value.dtype)
+
+            return [hook(Place(norm.module, "input"), keep), hook(place, before_gain)]
+        return [hook(place, function)]
+
+    def _unless_paused(self, function: SiteFunction) -> SiteFunction:
+        return lambda value: None if self._paused else function(value)
+
+    def _probe(self) -> None:
+        """A pass over six tokens with no hook of ours in effect: the anatomy's test of a block."""
+        import torch
+
+        ids = torch.arange(1, 7, device=self.device)[None] % self.arch.vocab_size
+        paused, self._paused = self._paused, True
+        try:
+            self.hf(input_ids=ids, use_cache=False)
+        finally:
+            self._paused = paused
 
     @contextmanager
     def from_site(self, site: Site) -> Iterator[None]:
-        """Blocks that run before `site` hand their input on unchanged inside the block.
+        """Blocks that run before `site.entry` hand their input on unchanged inside the block.
 
-        For passes whose value at the site is replaced anyway: what lies below is not computed again.
+        For passes in which the value at `site.entry` is replaced anyway: what lies below is not computed again.
         """
-        below = self.arch.decoder_layers[: site.depth]
+        below = self._blocks[: site.entry.depth]
         kept = [block.__dict__.get("forward") for block in below]
         is_tuple = self._blocks_return_tuples
 
@@ -298,52 +268,62 @@ class Model:
             return (hidden_states,) if is_tuple else hidden_states
 
         try:
-            for block in below:
-                block.forward = hand_on
+            for block in below:  # past any __setattr__: TransformerLens' bridges hand attributes on
+                block.__dict__["forward"] = hand_on
             yield
         finally:
             for block, forward in zip(below, kept, strict=True):
                 if forward is None:
                     block.__dict__.pop("forward", None)
                 else:
-                    block.forward = forward
+                    block.__dict__["forward"] = forward
+
+    @property
+    def _blocks(self) -> list[torch.nn.Module]:
+        return self.arch.decoder_layers
 
     @cached_property
     def _blocks_return_tuples(self) -> bool:
+        import torch
+
         seen: list[bool] = []
-        handle = self.arch.decoder_layers[0].register_forward_hook(
-            lambda _m, _a, out: seen.append(isinstance(out, tuple))
-        )
+        handle = self._blocks[0].register_forward_hook(lambda _m, _a, out: seen.append(isinstance(out, tuple)))
         try:
-            self.values(self.batch([[0]]), [Site(0, "resid_post")])
+            with torch.no_grad():
+                self.forward(self.batch([[0]]).ids)
         finally:
             handle.remove()
         return seen[0]
 
     def values(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """The values at `sites`, [batch, seq, d_model] each; the forward pass stops after the deepest of them."""
+        """The values at `sites`, [batch, seq, width] each; the forward pass stops after the deepest of them.
+
+        Raises:
+            UsageError: see `check_site`.
+        """
         import torch
 
         found: dict[Site, Tensor] = {}
-        deepest = max(sites, key=lambda site: site.depth)
-        positions = {}
+        wanted = set(sites)
+        positions = None
         if not batch.mask[:, 0].all():  # padded on the left, where transformers would count the padding
-            positions["position_ids"] = (batch.mask.long().cumsum(1) - 1).clamp_min(0)
+            positions = (batch.mask.long().cumsum(1) - 1).clamp_min(0)
 
         def keep(site: Site) -> SiteFunction:
             def function(value: Tensor) -> None:
                 found[site] = value
-                if len(found) == len(set(sites)):
+                if len(found) == len(wanted):
                     raise _Enough
 
             return function
 
         with torch.no_grad(), ExitStack() as stack:
-            # Hooks on one module run in the order of registration, so the deepest site is always the last one seen.
-            for site in sorted(set(sites), key=lambda s: (s.depth, s.kind == "resid_pre", s != deepest)):
+            for site in sorted(wanted):
                 stack.enter_context(self.at(site, keep(site)))
             with suppress(_Enough):
-                self.hf(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **positions)
+                self.forward(batch.ids, batch.mask.long(), positions)
+        if missed := wanted - set(found):
+            raise UsageError(f"{self.name} never computed {', '.join(map(str, sorted(missed)))}; choose another site")
         return found
 
 

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lancet.facts import Facts
-    from lancet.model import Model, Tokens
+    from lancet.model import Model
     from lancet.sae import Features, Sae
+    from lancet.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Reading:
         sae: which SAE.
         features: every active feature of every token.
         shares: [nnz] each one's share of the reconstruction.
-        explained: [tokens] `1 - |x - x^|^2 / |x - b_dec|^2`, 0 at the start token.
+        explained: [tokens] `1 - |x - x^|^2 / |x - b_dec|^2`, 0 at the start token; x is the value that the SAE writes,
+            which for a transcoder is the MLP's output.
         norms: [tokens] length of the vector.
         facts: maxima, densities, effects.
         labels: feature -> the tokens that it makes likelier, where measured.
@@ -160,14 +162,15 @@ class Reading:
             inside = (self.features.token == position).nonzero()[:, 0]
             for i in inside.tolist():
                 feature, value = int(self.features.feature[i]), float(self.features.value[i])
-                if (dense or not self.is_dense(feature)) and (feature not in best or value > best[feature].value):
+                stronger = feature not in best or abs(value) > abs(best[feature].value)  # AbsTopK's may be negative
+                if (dense or not self.is_dense(feature)) and stronger:
                     label = self.labels.get(feature, "")
                     best[feature] = Lit(feature, value, float(self.shares[i]), position, label)
-        return sorted(best.values(), key=lambda lit: -lit.value)[:count]
+        return sorted(best.values(), key=lambda lit: -abs(lit.value))[:count]
 
     def to_json(self) -> dict[str, Any]:
         """{"text", "sae", "site", "precision", "hidden_dense", "tokens": [{"position", "text", "lit", "explained",
-        "norm", "top": [{"feature", "value", "share", "says"}]}]}."""
+        "norm", "top": [{"feature", "value", "share", "says", "url"}]}]}; url only where the SAE has a public page."""
         return {
             "text": self.tokens.text,
             "sae": self.sae.name,
@@ -183,6 +186,7 @@ class Reading:
                     "norm": round(float(self.norms[spot.positions[0]]), 3),
                     "top": [
                         {"feature": x.feature, "value": round(x.value, 4), "share": round(x.share, 4), "says": x.says}
+                        | ({"url": f"{self.sae.page}/{x.feature}"} if self.sae.page else {})
                         for x in spot.top(self.top, self.dense)
                     ],
                 }
@@ -216,7 +220,7 @@ class Reading:
 
 
 def read(model: Model, sae: Sae, facts: Facts, tokens: Tokens, labels: dict[int, str] | None = None) -> Reading:
-    """Reads one text with one SAE: one forward pass that stops at the site, one encode.
+    """Reads one text with one SAE: one forward pass that stops at the last site, one encode.
 
     Args:
         labels: feature -> what it makes the model say; looked up for the active features alone.
@@ -224,14 +228,14 @@ def read(model: Model, sae: Sae, facts: Facts, tokens: Tokens, labels: dict[int,
     import torch
 
     batch = model.batch([tokens])
-    x = model.values(batch, [sae.site])[sae.site][0]
+    values = model.values(batch, [sae.site, sae.writes])
+    x, y = values[sae.site][0], values[sae.writes][0]
     keep = batch.content[0]
-    features = sae.features(x[keep])
+    features = sae.features(x, keep)
     where = keep.nonzero()[:, 0]
-    inside = x[keep].float()
-    rebuilt = sae.decode_features(features, inside)
-    own = sae.in_basis(inside)
-    origin = sae.b_dec if not sae.normalises_tokens else own.mean(-1, keepdim=True)
+    rebuilt = sae.decode_features(features, x, keep)
+    own = sae.out_basis(y[keep])
+    origin = sae.bias if not sae.normalises_tokens else own.mean(-1, keepdim=True)
     explained = torch.zeros(len(tokens), device=x.device)
     explained[keep] = 1 - (own - rebuilt).pow(2).sum(-1) / (own - origin).pow(2).sum(-1).clamp_min(1e-30)
     placed = type(features)(where[features.token], features.feature, features.value, (len(tokens), sae.d_sae))
@@ -239,7 +243,7 @@ def read(model: Model, sae: Sae, facts: Facts, tokens: Tokens, labels: dict[int,
         tokens=tokens,
         sae=sae,
         features=placed,
-        shares=sae.shares(inside, features),
+        shares=sae.shares(x[keep], features),
         explained=explained,
         norms=x.float().norm(dim=-1) * keep,
         facts=facts,

@@ -90,6 +90,23 @@ class Amount:
         return short(self.value) + ("" if self.unit == "raw" else self.unit)
 
 
+_SIZE = re.compile(r"(\d+\.?\d*|\.\d+)\s*([kMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def size(text: str) -> int | None:
+    """Bytes of a size such as `2GB`, `500MB`, `1.5GiB` or a plain number; None for `auto`.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text.strip().lower() == "auto":
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size; write auto, or a size such as 2GB, 500MB or 1.5GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
+
+
 def short(value: float) -> str:
     """The shortest text that reads back as the same number: 80, 0.5, 1e-07, 0.1234567."""
     text = f"{value:g}"

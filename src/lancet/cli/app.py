@@ -19,10 +19,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Option(help="smollm2, or a folder in transformers' layout.")]
-SaeOption = Annotated[str | None, typer.Option("--sae", help="Site of a bundled SAE, or a folder in sae-lens' layout.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="smollm2, gpt2-small, owner/name on the hub, or a folder. Left out: the pair of `lancet use`."),
+]
+SaeOption = Annotated[
+    list[str] | None,
+    typer.Option("--sae", help="RELEASE/ID (see `lancet saes`), a site, or a folder; may be given several times."),
+]
+Basis = Annotated[
+    str | None, typer.Option(help="plain or centred: how the SAE's model was loaded, where nothing states it.")
+]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Open an SAE that was trained on another model too.")]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+SaeMemory = Annotated[
+    str, typer.Option(help="What SAEs may take on a card, such as 2GB; the rest stays on the CPU. auto: half of it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md has its shape).")]
 
 
@@ -68,16 +81,21 @@ def read(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the score (or, with --at, the spectrum) to this file.")
     ] = None,
-    model: Model = "smollm2",
+    model: Model = None,
     sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
     json: Json = False,
 ) -> None:
     """Which features fire on which token, and how much of the vector they explain."""
+    from lancet.cli.opening import Choice
     from lancet.cli.read import run
 
-    run(given(text), at, top, dense, chat, plot, model, sae, device, dtype, json)
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
+    run(given(text), at, top, dense, chat, plot, choice, json)
 
 
 @app.command()
@@ -94,18 +112,23 @@ def steer(
     repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.1,
     seed: Annotated[int, typer.Option(help="Same seed, same draws for every row.")] = 0,
     blunt: Annotated[bool, typer.Option("--blunt", help="Replace the vector by the decoded features.")] = False,
-    model: Model = "smollm2",
+    model: Model = None,
     sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
     json: Json = False,
 ) -> None:
     """Continue a prompt with features forced on, held or switched off, beside the plain continuation."""
+    from lancet.cli.opening import Choice
     from lancet.cli.steer import run
     from lancet.generate import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
-    run(given(prompt), edits, tokens, plain, chat, samples, sampling, blunt, model, sae, device, dtype, json)
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
+    run(given(prompt), edits, tokens, plain, chat, samples, sampling, blunt, choice, json)
 
 
 @app.command()
@@ -122,15 +145,63 @@ def demo(
 
 
 @app.command()
-def get(name: Annotated[str, typer.Argument(help="What to fetch: smollm2.")]) -> None:
-    """Fetch the embedded model (once; 93 MB) and make it ready."""
-    from lancet import embedded
-    from lancet.cli.show import line, say
-    from lancet.errors import UnknownName
+def saes(
+    model: Annotated[str | None, typer.Option(help="Only those of this model, under any of its names.")] = None,
+    site: Annotated[str | None, typer.Option(help="blocks.6.hook_resid_pre, resid_pre, or a layer's number.")] = None,
+    release: Annotated[str | None, typer.Option(help="Only those of this release.")] = None,
+    search: Annotated[str | None, typer.Option(help="Words that all occur in name, model or site.")] = None,
+    limit: Annotated[int, typer.Option(help="When more fit, releases are listed instead.")] = 60,
+    json: Json = False,
+) -> None:
+    """The published SAEs: where they read, how wide they are, whether they are here and fit this machine."""
+    from lancet.cli.saes import run
 
-    if name != embedded.NAME:
-        raise UnknownName("model to fetch", name, [embedded.NAME])
-    line(f"{name} is ready in {embedded.get(say)}")
+    run(model, site, release, search, limit, json)
+
+
+@app.command()
+def use(
+    name: Annotated[str | None, typer.Argument(help="A model, as for --model; left out, the choice is shown.")] = None,
+    sae: SaeOption = None,
+    json: Json = False,
+) -> None:
+    """Choose the model (and SAEs) that every command opens where none is named."""
+    from lancet.cli.use import run
+
+    run(name, tuple(sae or ()), json)
+
+
+@app.command()
+def get(name: Annotated[str, typer.Argument(help="smollm2, a model as for --model, or an SAE as RELEASE/ID.")]) -> None:
+    """Fetch a model or an SAE ahead of its use, and make it ready; what is here is checked."""
+    from lancet.cli.get import run
+
+    run(name)
+
+
+cache = typer.Typer(help="What is kept on disk, with sizes; `prune` deletes of it.", invoke_without_command=True)
+app.add_typer(cache, name="cache")
+
+
+@cache.callback()
+def cache_root(context: typer.Context, json: Json = False) -> None:
+    if context.invoked_subcommand is None:
+        from lancet.cli.cache import run
+
+        run(json)
+
+
+@cache.command()
+def prune(
+    names: Annotated[list[str] | None, typer.Argument(help="Names as `lancet cache` lists them, or a release.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of Lancet's own cache.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Delete what can be made or fetched again, after showing it."""
+    from lancet.cli.cache import prune as run
+
+    run(names or [], everything, yes, json)
 
 
 @app.command()

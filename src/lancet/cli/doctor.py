@@ -66,7 +66,7 @@ def _versions(remedies: list[str]) -> dict[str, str]:
 def _devices(remedies: list[str]) -> dict[str, str]:
     import torch
 
-    from lancet.loading import choose_device, choose_dtype
+    from lancet.precision import choose_device, choose_dtype
 
     device = choose_device("auto")
     out = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lancet.cli import show
 
 if TYPE_CHECKING:
+    from lancet.cli.opening import Choice
     from lancet.reading import Lit, Reading, Spot
 
 
@@ -18,28 +19,35 @@ def run(
     dense: bool,
     chat: bool,
     plot: Path | None,
-    model: str,
-    sae: str | None,
-    device: str,
-    dtype: str,
+    choice: Choice,
     json: bool,
 ) -> None:
-    from lancet.lab import open_lab
-
-    with show.working(f"opening {model}"):
-        lab = open_lab(model, sae, device, dtype, show.say)
-        reading = lab.read([{"role": "user", "content": text}] if chat else text, top=top, dense=dense)
-    spot = reading.at(at) if at is not None else None
-    if plot is not None:
-        show.say(f"drew {reading.plot(plot, at)}")
-    if json:
-        show.as_json(spot_json(spot, top, dense) if spot else reading.to_json())
-    elif spot:
-        recipe(spot, top, dense)
-    else:
-        every_token(reading)
-    if not json:
+    lab = choice.open()
+    with show.working("reading"):
+        prompt = [{"role": "user", "content": text}] if chat else text
+        readings = [lab.read(prompt, top=top, sae=sae.site, dense=dense) for sae in lab.saes]
+    found = []
+    for reading in readings:
+        spot = reading.at(at) if at is not None else None
+        if plot is not None:
+            show.say(f"drew {reading.plot(numbered(plot, readings, reading), at)}")
+        found.append(spot_json(spot, top, dense) if spot else reading.to_json())
+        if json:
+            continue
+        if len(readings) > 1:
+            show.heading(f"{reading.sae.name} at {reading.sae.site}")
+        if spot:
+            recipe(spot, top, dense)
+        else:
+            every_token(reading)
         remarks(reading)
+    if json:
+        show.as_json(found[0] if len(found) == 1 else found)
+
+
+def numbered(plot: Path, readings: list[Reading], reading: Reading) -> Path:
+    """The picture's file; with several SAEs the site is part of its name."""
+    return plot if len(readings) == 1 else plot.with_stem(f"{plot.stem}-{reading.sae.site}")
 
 
 def every_token(reading: Reading) -> None:
@@ -64,10 +72,14 @@ def recipe(spot: Spot, top: int, dense: bool) -> None:
         show.line(f"{piece!r} (position {position}): {lit} of {sae.d_sae:,} features lit, {explained:.0%} explained")
     lits = spot.top(top, dense)
     most = max((lit.value for lit in lits), default=1.0)
+    page = spot.reading.sae.page
     rows = [
-        [f"#{lit.feature}", f"{lit.value:.1f}", show.bar(lit.value, most), f"{lit.share:.1%}", lit.says] for lit in lits
+        [f"#{lit.feature}", f"{lit.value:.1f}", show.bar(lit.value, most), f"{lit.share:.1%}", lit.says]
+        + ([f"{page}/{lit.feature}"] if page else [])
+        for lit in lits
     ]
-    show.table(["feature", "strength", "", "share", "makes the model say"], rows, right=["strength", "share"])
+    columns = ["feature", "strength", "", "share", "makes the model say", *(["page"] if page else [])]
+    show.table(columns, rows, right=["strength", "share"])
 
 
 def told(lit: Lit) -> str:
@@ -83,7 +95,9 @@ def remarks(reading: Reading) -> None:
 
 
 def spot_json(spot: Spot, top: int, dense: bool) -> dict[str, object]:
-    """{"text", "site", "positions", "lit", "explained", "top": [{"feature", "value", "share", "position", "says"}]}."""
+    """{"text", "sae", "site", "positions", "lit", "explained", "top": [{"feature", "value", "share", "position",
+    "says", "url"}]}; url only where the SAE has a public page."""
+    page = spot.reading.sae.page
     return {
         "text": spot.text,
         "sae": spot.reading.sae.name,
@@ -91,5 +105,5 @@ def spot_json(spot: Spot, top: int, dense: bool) -> dict[str, object]:
         "positions": list(spot.positions),
         "lit": list(spot.lit),
         "explained": [round(e, 4) for e in spot.explained],
-        "top": [vars(lit) for lit in spot.top(top, dense)],
+        "top": [vars(lit) | ({"url": f"{page}/{lit.feature}"} if page else {}) for lit in spot.top(top, dense)],
     }

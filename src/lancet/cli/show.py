@@ -29,9 +29,29 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False, style="dim", soft_wrap=not sys.stderr.isatty())
 
 
-def say(line: str) -> None:
-    """A remark on standard error."""
-    notes().print(line, markup=False)
+class _Say:
+    """`say(line)` is a remark on standard error; `say.progress` shows a download in the line of `working`."""
+
+    def __init__(self) -> None:
+        self.status: Any = None  # the spinner of `working`, in a terminal
+        self.text = ""
+
+    def __call__(self, line: str) -> None:
+        notes().print(line, markup=False)
+
+    def progress(self, file: str, done: int, of: int | None) -> None:
+        """So many bytes of a file have come."""
+        if self.status is None:
+            return
+        if of is not None and done >= of:
+            self.status.update(self.text)
+        elif of is None or of > 1_000_000:
+            told = f"{done / 1e6:,.1f} MB" if of is None else f"{done / 1e6:,.1f} of {of / 1e6:,.1f} MB"
+            drawn = "" if not of else f" {bar(done, of)}"
+            self.status.update(f"{file}{drawn} {told}".replace("[", "("))
+
+
+say = _Say()
 
 
 def as_json(value: Any) -> None:
@@ -67,7 +87,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence
 
     drawn = Table(title=title or None, box=box.SIMPLE_HEAD if can_show("─") else box.ASCII, title_justify="left")
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if column in right else "left", style="bold" if i == 0 else None)
+        first = i == 0  # what a row is about: cut over two lines rather than cut short
+        drawn.add_column(
+            column,
+            justify="right" if column in right else "left",
+            style="bold" if first else None,
+            overflow="fold" if first else "ellipsis",
+        )
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     console().print(drawn)
@@ -90,6 +116,21 @@ def line(text: str, style: str | None = None) -> None:
         print(text)
 
 
+def begin(text: str, style: str) -> None:
+    """The beginning of a line that `piece` goes on with."""
+    if sys.stdout.isatty():
+        console().print(text, style=style, markup=False, end="")
+    else:
+        print(text, end="")
+
+
+def piece(text: str) -> None:
+    """Text as it is made: written at once, no line break after it. A model may write control characters; a terminal
+    must not obey them."""
+    sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    sys.stdout.flush()
+
+
 def bar(value: float, most: float, width: int = 20) -> str:
     """A bar of characters that the console has."""
     full, empty = ("█", "·") if can_show("█·") else ("#", ".")
@@ -106,7 +147,11 @@ def visible(token: str) -> str:
 def working(text: str) -> Iterator[None]:
     """A spinner on standard error while something runs, in a terminal only."""
     if sys.stderr.isatty():
-        with notes().status(text, spinner="dots" if can_show("⠋") else "line"):
-            yield
+        with notes().status(text, spinner="dots" if can_show("⠋") else "line") as say.status:
+            say.text = text
+            try:
+                yield
+            finally:
+                say.status = None
     else:
         yield

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lancet.cli import show
 
 if TYPE_CHECKING:
+    from lancet.cli.opening import Choice
     from lancet.generate import Sampling
     from lancet.lab import Continuation
 
@@ -21,21 +22,17 @@ def run(
     samples: int,
     sampling: Sampling,
     blunt: bool,
-    model: str,
-    sae: str | None,
-    device: str,
-    dtype: str,
+    choice: Choice,
     json: bool,
 ) -> None:
     from lancet.edit import Edit
     from lancet.errors import UsageError
-    from lancet.lab import open_lab
 
     parsed = [Edit.parse(edit) for edit in edits]  # a typo is told before a model is opened
     if samples < 1:
         raise UsageError(f"--samples must be at least 1, got {samples}")
-    with show.working(f"opening {model}"):
-        lab = open_lab(model, sae, device, dtype, show.say)
+    lab = choice.open()
+    with show.working("measuring"):
         ready = lab.tokenize([{"role": "user", "content": prompt}] if chat else prompt)
         lab.steps(parsed, ready, len(ready) + max(tokens, 0))
     jobs = []

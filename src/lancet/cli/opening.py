@@ -1,0 +1,58 @@
+"""What `--model`, `--sae` and their kin say, and opening it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lancet.cli import show
+
+if TYPE_CHECKING:
+    from lancet.lab import Lab
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The options that say which pair is opened, and how.
+
+    Attributes:
+        model: None for the pair of `lancet use`.
+        saes: none for the model's default.
+    """
+
+    model: str | None = None
+    saes: tuple[str, ...] = ()
+    basis: str | None = None
+    anyway: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    sae_memory: str = "auto"
+
+    def named(self) -> Choice:
+        """The same with the default pair filled in where no model is named."""
+        from dataclasses import replace
+
+        from lancet import settings
+
+        if self.model is not None:
+            return self
+        pair = settings.default()
+        return replace(self, model=pair.model, saes=self.saes or pair.saes)
+
+    def open(self) -> Lab:
+        """Opens the pair, telling on standard error what takes long."""
+        from lancet.lab import open_lab
+
+        full = self.named()
+        assert full.model is not None
+        with show.working(f"opening {full.model}"):
+            return open_lab(
+                full.model,
+                full.saes or None,
+                full.device,
+                full.dtype,
+                show.say,
+                full.basis,
+                full.anyway,
+                full.sae_memory,
+            )
