@@ -28,6 +28,7 @@ class Lit:
         value: its activation.
         share: its share of the reconstruction; over all features of a token they sum to 1.
         position: the token where it is so.
+        fires: the tokens that it fires on, over all the text that was measured ("" where it never fired there).
         says: what it makes the model say, strongest first ("" where that was not measured).
     """
 
@@ -35,6 +36,7 @@ class Lit:
     value: float
     share: float
     position: int
+    fires: str = ""
     says: str = ""
 
 
@@ -76,7 +78,7 @@ class Reading:
         explained: [tokens] `1 - |x - x^|^2 / |x - b_dec|^2`, 0 at the start token.
         norms: [tokens] length of the vector.
         facts: maxima, densities, effects.
-        labels: feature -> the tokens that it makes likelier, where measured.
+        labels: feature -> (the tokens that it fires on, the words that it makes likelier), where measured.
         notes: precision and device, in words.
     """
 
@@ -87,7 +89,7 @@ class Reading:
     explained: Tensor
     norms: Tensor
     facts: Facts
-    labels: dict[int, str]
+    labels: dict[int, tuple[str, str]]
     notes: list[str]
     top: int = 5
     dense: bool = False
@@ -161,13 +163,13 @@ class Reading:
             for i in inside.tolist():
                 feature, value = int(self.features.feature[i]), float(self.features.value[i])
                 if (dense or not self.is_dense(feature)) and (feature not in best or value > best[feature].value):
-                    label = self.labels.get(feature, "")
-                    best[feature] = Lit(feature, value, float(self.shares[i]), position, label)
+                    label = self.labels.get(feature, ("", ""))
+                    best[feature] = Lit(feature, value, float(self.shares[i]), position, *label)
         return sorted(best.values(), key=lambda lit: -lit.value)[:count]
 
     def to_json(self) -> dict[str, Any]:
         """{"text", "sae", "site", "precision", "hidden_dense", "tokens": [{"position", "text", "lit", "explained",
-        "norm", "top": [{"feature", "value", "share", "says"}]}]}."""
+        "norm", "top": [{"feature", "value", "share", "fires", "says"}]}]}."""
         return {
             "text": self.tokens.text,
             "sae": self.sae.name,
@@ -182,7 +184,13 @@ class Reading:
                     "explained": round(spot.explained[0], 4),
                     "norm": round(float(self.norms[spot.positions[0]]), 3),
                     "top": [
-                        {"feature": x.feature, "value": round(x.value, 4), "share": round(x.share, 4), "says": x.says}
+                        {
+                            "feature": x.feature,
+                            "value": round(x.value, 4),
+                            "share": round(x.share, 4),
+                            "fires": x.fires,
+                            "says": x.says,
+                        }
                         for x in spot.top(self.top, self.dense)
                     ],
                 }
@@ -215,11 +223,13 @@ class Reading:
         return "\n".join(lines)
 
 
-def read(model: Model, sae: Sae, facts: Facts, tokens: Tokens, labels: dict[int, str] | None = None) -> Reading:
+def read(
+    model: Model, sae: Sae, facts: Facts, tokens: Tokens, labels: dict[int, tuple[str, str]] | None = None
+) -> Reading:
     """Reads one text with one SAE: one forward pass that stops at the site, one encode.
 
     Args:
-        labels: feature -> what it makes the model say; looked up for the active features alone.
+        labels: feature -> what it fires on and makes the model say; looked up for the active features alone.
     """
     import torch
 

@@ -65,14 +65,16 @@ def recipe(spot: Spot, top: int, dense: bool) -> None:
     lits = spot.top(top, dense)
     most = max((lit.value for lit in lits), default=1.0)
     rows = [
-        [f"#{lit.feature}", f"{lit.value:.1f}", show.bar(lit.value, most), f"{lit.share:.1%}", lit.says] for lit in lits
+        [f"#{lit.feature}", f"{lit.value:.1f}", show.bar(lit.value, most), f"{lit.share:.1%}", lit.fires, lit.says]
+        for lit in lits
     ]
-    show.table(["feature", "strength", "", "share", "makes the model say"], rows, right=["strength", "share"])
+    head = ["feature", "strength", "", "share", "fires on", "makes the model say"]
+    show.table(head, rows, right=["strength", "share"])
 
 
 def told(lit: Lit) -> str:
-    """One feature in few characters: number, activation, what it makes the model say."""
-    return f"#{lit.feature} {lit.value:.1f}" + (f" {lit.says}" if lit.says else "")
+    """One feature in few characters: number, activation, what it fires on."""
+    return f"#{lit.feature} {lit.value:.1f}" + (f" {lit.fires}" if lit.fires else "")
 
 
 def remarks(reading: Reading) -> None:
@@ -83,7 +85,7 @@ def remarks(reading: Reading) -> None:
 
 
 def spot_json(spot: Spot, top: int, dense: bool) -> dict[str, object]:
-    """{"text", "site", "positions", "lit", "explained", "top": [{"feature", "value", "share", "position", "says"}]}."""
+    """{"text", "site", "positions", "lit", "explained", "top": [as in docs/json.md]}."""
     return {
         "text": spot.text,
         "sae": spot.reading.sae.name,
