@@ -137,7 +137,7 @@ class Lab:
         if ids is None:
             return ""
         pieces = (self.model.decode([i]).strip() for i in ids[index].tolist() if i >= 0)
-        return ", ".join([piece for piece in dict.fromkeys(pieces) if piece][:count])
+        return ", ".join([piece for piece in dict.fromkeys(pieces) if piece and "\ufffd" not in piece][:count])
 
     def says(self, index: int, sae: Sae | None = None, count: int = 3) -> str:
         """The words that a feature makes likelier, "" where the effect lens has not been run over all features."""
