@@ -360,7 +360,7 @@ def test_read_at_as_json(run: Callable[..., Done]) -> None:
 def test_read_at_in_a_pipe(run: Callable[..., Done]) -> None:
     lines = run("read", "The cat", "--at", "cat").out.splitlines()
     assert re.fullmatch(r"' cat' \(position 2\): \d+ of 128 features lit, -?\d+% explained", lines[0])
-    assert lines[1].split("\t") == ["feature", "strength", "", "share", "makes the model say"]
+    assert lines[1].split("\t") == ["feature", "strength", "", "share", "fires on", "makes the model say"]
     assert len(lines) == 7
 
 
