@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from conftest import START, small_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lancet.model import Model
-from conftest import START, small_tokenizer
 
 LAYERS, WIDTH, HEADS, HIDDEN, CONTEXT = 4, 32, 4, 80, 64
 COMMON: dict[str, Any] = {
@@ -91,10 +91,17 @@ def _config(name: str, hf: Any) -> Any:
         return config
     more: dict[str, Any] = {"rotary_base": said.rope_parameters.get("rope_theta", 10000.0)}
     if name == "Gemma 2":
-        more |= {"attn_scores_soft_cap": said.attn_logit_softcapping, "output_logits_soft_cap": said.final_logit_softcapping}
+        more |= {
+            "attn_scores_soft_cap": said.attn_logit_softcapping,
+            "output_logits_soft_cap": said.final_logit_softcapping,
+        }
     if name == "Gemma 3":
         bases = {kind: said.rope_parameters[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")}
-        more = {"use_qk_norm": True, "rotary_base": bases["full_attention"], "rotary_base_local": bases["sliding_attention"]}
+        more = {
+            "use_qk_norm": True,
+            "rotary_base": bases["full_attention"],
+            "rotary_base_local": bases["sliding_attention"],
+        }
     return HookedTransformerConfig(
         d_model=WIDTH, d_head=16, n_heads=HEADS, d_mlp=HIDDEN, n_layers=LAYERS, n_ctx=CONTEXT, eps=said.rms_norm_eps,
         d_vocab=said.vocab_size, act_fn="gelu_pytorch_tanh", normalization_type="RMS", positional_embedding_type="rotary",

@@ -94,7 +94,13 @@ def test_sinks_leave_no_constant_bias() -> None:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     settings: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8}
-    settings |= {"num_key_value_heads": 2, "intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 300}
+    settings |= {
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "vocab_size": 300,
+    }
     hf = GptOssForCausalLM(GptOssConfig(**settings, pad_token_id=0, attention_bias=True))
     model = Model("oss", hf, family("GPT-2").tokenizer, 0, 0)
     folded, site = Basis(fold_value_biases=True), Site(0, "z")

@@ -353,14 +353,14 @@ def test_read_at_as_json(run: Callable[..., Done]) -> None:
     assert set(found) <= documented("lancet read TEXT --at CHARACTERS --json") | {"top"}
     assert found["text"] == "大桥"
     assert len(found["positions"]) == len(found["lit"]) == len(found["explained"])
-    assert set(found["top"][0]) == {"share", "feature", "value", "position", "says"}
+    assert set(found["top"][0]) == {"share", "feature", "value", "position", "fires", "says"}
     assert len(found["top"]) == 5
 
 
 def test_read_at_in_a_pipe(run: Callable[..., Done]) -> None:
     lines = run("read", "The cat", "--at", "cat").out.splitlines()
     assert re.fullmatch(r"' cat' \(position 2\): \d+ of 128 features lit, -?\d+% explained", lines[0])
-    assert lines[1].split("\t") == ["feature", "strength", "", "share", "makes the model say"]
+    assert lines[1].split("\t") == ["feature", "strength", "", "share", "fires on", "makes the model say"]
     assert len(lines) == 7
 
 

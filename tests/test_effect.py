@@ -60,6 +60,21 @@ def test_changes_on_the_embedded_model(smollm2_f32: Model) -> None:
     assert torch.equal(nats[0], nats[0].sort(descending=True).values)
 
 
+def test_ranked_against_the_average_feature(tiny_gpt2: Callable[..., Model]) -> None:
+    model, site = tiny_gpt2(), Site(2)
+    vectors = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)) * 3
+    rows = torch.cat(list(effect.changes(model, site, vectors)))
+    base = effect.baseline(model, site, vectors)
+    torch.testing.assert_close(base.mean, rows.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(base.deviation, rows.std(0, correction=0), rtol=0, atol=1e-4)
+    score = (rows - rows.mean(0)) / (rows.std(0, correction=0) + effect.FLOOR)
+    for largest in (True, False):
+        ids, nats = effect.strongest(rows, 4, base, largest)
+        assert torch.equal(ids, score.topk(4, largest=largest).indices)
+        assert torch.equal(nats, rows.gather(1, ids))
+    assert not torch.equal(effect.strongest(rows, 4, base)[0], effect.strongest(rows, 4)[0])
+
+
 @pytest.fixture
 def lab(tiny_gpt2: Callable[..., Model], tmp_path: Path) -> Lab:
     return with_facts(random_lab(tiny_gpt2(), d_sae=64), tmp_path / "facts.safetensors", [5.0] * 64, 20.0)

@@ -50,6 +50,40 @@ def test_measured_facts_equal_a_plain_loop(model: Model) -> None:
     assert found.tokens == len(x)
 
 
+def test_what_features_fire_on_equals_a_plain_loop(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "FIRES_AT_ONCE", 100)  # so that sums are merged more than once
+    sae = sae_of(model, Site(2))
+    texts = TEXTS * 20
+    found = facts.measure(model, sae, texts)
+    assert found.fires_ids is not None
+    assert found.fires_shares is not None
+    mass: dict[tuple[int, int], float] = {}
+    for text in TEXTS:
+        ids = model.tokenize(text).ids
+        x = model.values(model.batch([ids]), [sae.site])[sae.site][0, 1:]
+        for token, row in zip(ids[1:], sae.encode(x).tolist(), strict=True):
+            for feature, value in enumerate(row):
+                if value:
+                    mass[feature, token] = mass.get((feature, token), 0.0) + value
+    for feature in range(sae.d_sae):
+        own = sorted(((v, token) for (f, token), v in mass.items() if f == feature), reverse=True)
+        whole = sum(v for v, _ in own)
+        kept = own[: facts.FIRES]
+        assert found.fires_ids[feature].tolist() == [t for _, t in kept] + [-1] * (facts.FIRES - len(kept))
+        expected = [v / whole for v, _ in kept] + [0.0] * (facts.FIRES - len(kept))
+        assert found.fires_shares[feature].tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_facts_come_back_from_their_file(model: Model, tmp_path: Path) -> None:
+    found = facts.measure(model, sae_of(model, Site(2)), TEXTS)
+    found.save(tmp_path / "facts.safetensors")
+    back = facts.Facts.load(tmp_path / "facts.safetensors")
+    assert back.fires_ids is not None
+    assert torch.equal(back.fires_ids.long(), found.fires_ids)
+    assert torch.equal(back.maximum, found.maximum)
+    assert (back.norm, back.tokens, back.effect_ids) == (found.norm, found.tokens, None)
+
+
 def test_texts_longer_than_the_context_are_cut(model: Model) -> None:
     found = facts.measure(model, sae_of(model, Site(1)), ["word " * 3 * model.context])
     assert found.tokens == model.context - 1

@@ -75,9 +75,15 @@ def test_spellings(text: str, site: Site) -> None:
         ("blocks.6", "supported: blocks.6.hook_resid_pre, blocks.6.attn.hook_z"),
         ("blocks.6.attn.hook_q", "'attn.hook_q' are not supported"),
         ("blocks.6.ln1.hook_normalized", "'ln1.hook_normalized' are not supported"),
-        ("blocks.6.hook_mlp_in", "has two meanings: TransformerLens means the stream before the MLP's norm (blocks.6.hook_resid_mid)"),
+        (
+            "blocks.6.hook_mlp_in",
+            "has two meanings: TransformerLens means the stream before the MLP's norm (blocks.6.hook_resid_mid)",
+        ),
         ("attn_out.6", "TransformerLens what is added to the stream (blocks.6.hook_attn_out, attn_out_post.6)"),
-        ("model.layers.6.post_attention_layernorm.output", "in Gemma 2 and 3 that is blocks.6.hook_attn_out, in Llama and its kin blocks.6.mlp.hook_in"),
+        (
+            "model.layers.6.post_attention_layernorm.output",
+            "in Gemma 2 and 3 that is blocks.6.hook_attn_out, in Llama and its kin blocks.6.mlp.hook_in",
+        ),
         ("model.layers.6.self_attn.output", "'self_attn.output' are not supported"),
         ("model.layers.6.weird", "write one as blocks.6.hook_resid_pre"),
     ],

@@ -227,8 +227,8 @@ def test_top_is_sorted_and_dense_features_are_hidden(which: str, dense: bool, re
 def test_labels_are_what_features_make_the_model_say(labs: Any, readings: Any) -> None:
     lits = readings("gpt2").spot([5]).top(300, dense=True)
     said = {lit.feature: lit.says for lit in lits}
-    assert set(said.values()) <= {"", labs("gpt2").label(3)}
-    assert labs("gpt2").label(3).count(", ") == 2
+    assert set(said.values()) <= {"", labs("gpt2").says(3)}
+    assert labs("gpt2").says(3).count(", ") == 2
     assert all((said[f] == "") == (f == 11) for f in said)  # of #11 the strongest effect is negative
 
 
@@ -252,7 +252,7 @@ def test_json_has_the_documented_shape(which: str, readings: Any) -> None:
     first = found["tokens"][0]
     assert set(first) == {"position", "text", "lit", "explained", "norm", "top"}
     assert {"tokens[].lit", "tokens[].explained", "tokens[].norm", "tokens[].position", "tokens[].top[]"} <= names
-    assert set(first["top"][0]) == {"feature", "value", "share", "says"}
+    assert set(first["top"][0]) == {"feature", "value", "share", "fires", "says"}
     assert found["text"] == TEXT
     assert found["hidden_dense"] == reading.hidden()
     assert [t["position"] for t in found["tokens"]] == list(range(1, len(reading)))
@@ -269,7 +269,17 @@ def test_dense_readings_hide_nothing(labs: Callable[[str], Lab]) -> None:
 @models
 def test_frames(which: str, readings: Any) -> None:
     frame = readings(which).to_frame()
-    assert list(frame.columns) == ["position", "token", "lit", "explained", "feature", "value", "share", "says"]
+    assert list(frame.columns) == [
+        "position",
+        "token",
+        "lit",
+        "explained",
+        "feature",
+        "value",
+        "share",
+        "fires",
+        "says",
+    ]
     assert len(frame) == 5 * (len(readings(which)) - 1)
     assert frame.position.nunique() == len(readings(which)) - 1
 

@@ -16,7 +16,10 @@ from lancet.model import Model
 from lancet.site import KINDS, Kind, Site
 
 IDS = [0, *torch.randint(1, 299, (15,), generator=torch.Generator().manual_seed(1)).tolist()]
-INSIDE: dict[str, str] = {"mlp.hook_in": "in", "mlp.hook_out": "out"}  # of the MLP module: HookedTransformer has no hook
+INSIDE: dict[str, str] = {
+    "mlp.hook_in": "in",
+    "mlp.hook_out": "out",
+}  # of the MLP module: HookedTransformer has no hook
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 
 

@@ -29,7 +29,7 @@ from lancet.edit import RowChange, Step
 from lancet.files import read_json, whole_file, write_json
 from lancet.generate import Sampling, rows
 from lancet.model import Model
-from lancet.sae import Sae
+from lancet.sae import Features, Sae
 from lancet.scoring import auroc_of_ranks, ranks
 
 PARTS = 10
@@ -85,6 +85,7 @@ class Contrast:
     density: Tensor
     norm: float
     tokens: int
+    fires: tuple[Tensor, Tensor]  # as in Facts: ids and shares
 
 
 def contrast(model: Model, sae: Sae, rounds: int = 2) -> Contrast:
@@ -94,13 +95,14 @@ def contrast(model: Model, sae: Sae, rounds: int = 2) -> Contrast:
         for name, text in bench.sentences("train", 60, seed):
             texts.append(text)
             labels.append(name)
-    neutral = facts.neutral_texts(800)
+    neutral = bench.neutral_texts(800)
     texts += neutral
     labels += [""] * len(neutral)
     names = [*bench.concepts(), ""]
     f_sum, x_sum, count = torch.zeros(len(names), sae.d_sae), torch.zeros(len(names), sae.d_in), torch.zeros(len(names))
     maxima = np.zeros((len(texts), sae.d_sae), np.float16)
     maximum, fired, norms = torch.zeros(sae.d_sae), torch.zeros(sae.d_sae), []
+    fires = facts.Fires(sae.d_sae, model.hf.config.get_text_config().vocab_size)
     for batch, part in batches(model, texts):
         x = model.values(batch, [sae.site])[sae.site].float().mul_(batch.content[..., None])
         f = sae.encode(x).mul_(batch.content[..., None])
@@ -108,6 +110,9 @@ def contrast(model: Model, sae: Sae, rounds: int = 2) -> Contrast:
         maxima[part] = top.numpy()
         maximum = torch.maximum(maximum, top.amax(0))
         fired += (f > 0).sum((0, 1))
+        lit = f.flatten(0, 1).nonzero()
+        own = Features(lit[:, 0], lit[:, 1], f.flatten(0, 1)[lit[:, 0], lit[:, 1]], (f[..., 0].numel(), sae.d_sae))
+        fires.add(own, batch.ids.flatten())
         norms.append(x[batch.content].norm(dim=1))
         which = torch.tensor([names.index(labels[index]) for index in part])
         f_sum.index_add_(0, which, f.sum(1))
@@ -117,7 +122,7 @@ def contrast(model: Model, sae: Sae, rounds: int = 2) -> Contrast:
     inside = marked != ""
     ranked = ranks(maxima[inside].astype(np.float32)).astype(np.float32)
     others_f, others_x, others = f_sum.sum(0), x_sum.sum(0), count.sum()
-    out = Contrast({}, {}, {}, maximum, fired / others, float(torch.cat(norms).median()), int(others))
+    out = Contrast({}, {}, {}, maximum, fired / others, float(torch.cat(norms).median()), int(others), fires.top())
     for i, name in enumerate(names[:-1]):
         rest = others - count[i]
         out.features[name] = f_sum[i] / count[i] - (others_f - f_sum[i]) / rest
@@ -154,19 +159,28 @@ def keyword_tokens(model: Model, concept: bench.Concept) -> list[int]:
     return sorted(out - set(model.tokenizer(" I the a is in of", add_special_tokens=False)["input_ids"]))
 
 
-def effects(model: Model, sae: Sae, norm: float, count: int = 20) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Top tokens of all features, and concept -> [d_sae] how much likelier its words become against all words."""
-    unit = sae.W_dec / sae.decoder_norm[:, None]
+def effects(model: Model, sae: Sae, norm: float, count: int = 20) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The effect lens over all features: the tensors of `Facts` about it, and concept -> [d_sae] how much likelier its
+    words become against all words."""
+    unit = sae.W_dec / sae.decoder_norm[:, None] * (effect.STRENGTH * norm)
+    sample = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))[: effect.SAMPLE]
+    against = effect.baseline(model, sae.site, unit[sample])
     sets = {name: keyword_tokens(model, concept) for name, concept in bench.concepts().items()}
     ids, values, scores = [], [], {name: [] for name in sets}
-    for change in effect.changes(model, sae.site, unit * (effect.STRENGTH * norm)):
-        best = change.topk(count, dim=-1)
-        ids.append(best.indices)
-        values.append(best.values)
+    for change in effect.changes(model, sae.site, unit):
+        best, nats = effect.strongest(change, count, against)
+        ids.append(best)
+        values.append(nats)
         mean = change.mean(1)
         for name, tokens in sets.items():
             scores[name].append(change[:, tokens].mean(1) - mean)
-    return torch.cat(ids), torch.cat(values), {name: torch.cat(parts) for name, parts in scores.items()}
+    told = {
+        "effect_ids": torch.cat(ids),
+        "effect_values": torch.cat(values),
+        "effect_mean": against.mean,
+        "effect_deviation": against.deviation,
+    }
+    return told, {name: torch.cat(parts) for name, parts in scores.items()}
 
 
 Blend = list[tuple[int, float]]
@@ -361,12 +375,12 @@ def fires_at(model: Model, sae: Sae, name: str, word: str) -> np.ndarray:
     return fired / max(1, lines_with)
 
 
-def measured(model: Model, sae: Sae, path: Path) -> tuple[Contrast, Tensor, Tensor, dict[str, Tensor]]:
+def measured(model: Model, sae: Sae, path: Path) -> tuple[Contrast, dict[str, Tensor], dict[str, Tensor]]:
     """`contrast` and `effects`, kept in a file so that a killed run does not begin again."""
     names = list(bench.concepts())
     if not path.exists():
         found = contrast(model, sae)
-        ids, values, causes = effects(model, sae, found.norm)
+        told, causes = effects(model, sae, found.norm)
         tensors = {
             "features": torch.stack([found.features[name] for name in names]),
             "values": torch.stack([found.values[name] for name in names]),
@@ -374,8 +388,9 @@ def measured(model: Model, sae: Sae, path: Path) -> tuple[Contrast, Tensor, Tens
             "causes": torch.stack([causes[name] for name in names]),
             "maximum": found.maximum,
             "density": found.density,
-            "effect_ids": ids,
-            "effect_values": values,
+            "fires_ids": found.fires[0],
+            "fires_shares": found.fires[1],
+            **told,
         }
         metadata = {"norm": repr(found.norm), "tokens": str(found.tokens)}
         with whole_file(path) as temporary:
@@ -391,13 +406,15 @@ def measured(model: Model, sae: Sae, path: Path) -> tuple[Contrast, Tensor, Tens
         density=get["density"],
         norm=float(metadata["norm"]),
         tokens=int(metadata["tokens"]),
+        fires=(get["fires_ids"], get["fires_shares"]),
     )
-    return found, get["effect_ids"], get["effect_values"], dict(zip(names, get["causes"], strict=True))
+    told = {name: tensor for name, tensor in get.items() if name.startswith("effect_")}
+    return found, told, dict(zip(names, get["causes"], strict=True))
 
 
 def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Measures everything, writes `folder/facts.safetensors` and `folder/concepts.json`."""
-    found, ids, values, causes = measured(model, sae, folder / "measured.safetensors")
+    found, told, causes = measured(model, sae, folder / "measured.safetensors")
     print(f"norm {found.norm:.1f}, {found.tokens} tokens, effects done", flush=True)
     table: dict[str, Any] = {}
     held_texts, held_labels = lines("heldout", 11)
@@ -435,9 +452,8 @@ def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[st
             "how": entry["how"],
             "report": entry["report"],
         }
-    facts.Facts(found.maximum, found.density, found.norm, found.tokens, ids, values, table).save(
-        folder / "facts.safetensors"
-    )
+    about = facts.Facts(found.maximum, found.density, found.norm, found.tokens, *found.fires, **told, concepts=table)
+    about.save(folder / "facts.safetensors")
     write_json(folder / "concepts.json", chosen)
     assert math.isfinite(found.norm)
     return table

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from interp_engine.arch import ArchSpec
     from torch import Tensor
 
+
 @dataclass
 class Block:
     """What the test of one block found.

@@ -1,8 +1,9 @@
 """The effect lens: what a feature or direction makes the model say, measured.
 
-It is added at the last position of a few neutral prompts and the mean change of next-token log-probability ranks the
-tokens. This is the TokenChange of arXiv 2501.08319, made cheap: the prompts' prefixes are computed once, and many
-features share a batch.
+It is added at the last position of a few neutral prompts, and the mean change of next-token log-probability is taken.
+This is the TokenChange of arXiv 2501.08319, made cheap: the prompts' prefixes are computed once, and many features
+share a batch. Any vector of that length makes some unlikely tokens likelier; where it is known what the SAE's average
+feature does, tokens are ranked by how much more than that is seen, in standard deviations over features.
 """
 
 from __future__ import annotations
@@ -29,6 +30,20 @@ PROMPTS = (
 )
 STRENGTH = 0.35  # of the site's typical norm
 BATCH = 512
+SAMPLE = 1024  # features that a baseline is taken from
+FLOOR = 0.2  # nats added to a token's standard deviation, so that tokens which hardly ever move do not lead every list
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """What an SAE's average feature does: mean and standard deviation of the change of each token, [vocab] nats."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def rank(self, change: Tensor) -> Tensor:
+        """[..., vocab] how far a change is from the average feature's, in standard deviations (`FLOOR` added)."""
+        return (change - self.mean.to(change.device)) / (self.deviation.to(change.device) + FLOOR)
 
 
 @dataclass(frozen=True)
@@ -148,13 +163,36 @@ class _Prefix:
         return self._logits(vectors).log_softmax(-1).sub_(self.plain)
 
 
-def top(model: Model, site: Site, vectors: Tensor, count: int = 20) -> tuple[Tensor, Tensor]:
+def baseline(model: Model, site: Site, vectors: Tensor) -> Baseline:
+    """The baseline of an SAE out of a sample of its features' vectors [n, d_model]."""
+    import torch
+
+    total = squares = torch.zeros((), dtype=torch.double)
+    for change in changes(model, site, vectors):
+        double = change.double().cpu()
+        total, squares = total + double.sum(0), squares + double.square().sum(0)
+    mean = total / len(vectors)
+    return Baseline(mean.float(), (squares / len(vectors) - mean.square()).clamp_min(0).sqrt().float())
+
+
+def strongest(
+    change: Tensor, count: int, against: Baseline | None = None, largest: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The tokens that stand out in changes [n, vocab], most first: ids [n, count] and nats [n, count].
+
+    Args:
+        against: rank by how far a change is from the average feature's instead of by its size.
+        largest: False for the tokens that become less likely.
+    """
+    ids = (against.rank(change) if against else change).topk(count, dim=-1, largest=largest).indices
+    return ids, change.gather(-1, ids)
+
+
+def top(
+    model: Model, site: Site, vectors: Tensor, count: int = 20, against: Baseline | None = None
+) -> tuple[Tensor, Tensor]:
     """The tokens that each vector promotes most: ids [n, count] and nats [n, count]."""
     import torch
 
-    ids, values = [], []
-    for change in changes(model, site, vectors):
-        best = change.topk(count, dim=-1)
-        ids.append(best.indices)
-        values.append(best.values)
-    return torch.cat(ids), torch.cat(values)
+    found = [strongest(change, count, against) for change in changes(model, site, vectors)]
+    return torch.cat([ids for ids, _ in found]), torch.cat([nats for _, nats in found])

@@ -1,4 +1,4 @@
-"""What was measured about an SAE on its model: maxima, densities, the typical norm, what each feature makes it say.
+"""What was measured about an SAE on its model: maxima, densities, the typical norm, what features fire on and say.
 
 Shipped with the bundled SAEs; for any other they are measured once on a bundled text and kept in the cache. `2x` and
 `0.5rn` rest on them, and so does the hiding of features that fire all the time.
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lancet.model import Model
-    from lancet.sae import Sae
+    from lancet.sae import Features, Sae
 
-MEASURED_TEXTS = 500  # texts of the bench; about 38,000 tokens
+MEASURED_TEXTS = 200  # texts of the bench; about 15,000 tokens
+FIRES = 5  # tokens kept that a feature fires on
+FIRES_AT_ONCE = 8_000_000  # pairs of feature and token held before they are summed up
 DENSE = 0.1  # a feature that fires on a larger share of all tokens is hidden unless asked for
 
 
@@ -36,8 +38,11 @@ class Facts:
         norm: typical norm of the value at the site that the SAE writes: median L2 norm over tokens, start tokens left
             out.
         tokens: how many tokens this was measured on.
+        fires_ids: [d_sae, FIRES] the tokens that hold most of the feature's activation, most first, -1 where there are
+            no more; fires_shares: [d_sae, FIRES] how much of it each holds.
         effect_ids, effect_values: [d_sae, n] the tokens that the feature makes likelier and by how many nats, None
             where the effect lens has not been run over all features.
+        effect_mean, effect_deviation: [vocab] what an average feature does there, in nats, and how much that varies.
         concepts: concept -> {"feature", "auroc", "blend"}; the model card's table, empty where there is none.
     """
 
@@ -45,8 +50,12 @@ class Facts:
     density: Tensor
     norm: float
     tokens: int
+    fires_ids: Tensor | None = None
+    fires_shares: Tensor | None = None
     effect_ids: Tensor | None = None
     effect_values: Tensor | None = None
+    effect_mean: Tensor | None = None
+    effect_deviation: Tensor | None = None
     concepts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
@@ -54,10 +63,17 @@ class Facts:
         import torch
         from safetensors.torch import save_file
 
-        tensors = {"maximum": self.maximum.float().cpu(), "density": self.density.float().cpu()}
-        if self.effect_ids is not None and self.effect_values is not None:
-            tensors["effect_ids"] = self.effect_ids.to(torch.int32).cpu().contiguous()
-            tensors["effect_values"] = self.effect_values.half().cpu().contiguous()
+        types = {
+            "fires_ids": torch.int32,
+            "effect_ids": torch.int32,
+            "maximum": torch.float32,
+            "density": torch.float32,
+        }
+        tensors = {
+            name: value.to(types.get(name, torch.float16)).cpu().contiguous()
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
         metadata = {"norm": repr(self.norm), "tokens": str(self.tokens), "concepts": json.dumps(self.concepts)}
         with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -76,14 +92,60 @@ class Facts:
             metadata = file.metadata()
             get = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return cls(
-            maximum=get["maximum"],
-            density=get["density"],
+            **get,
             norm=float(metadata["norm"]),
             tokens=int(metadata["tokens"]),
-            effect_ids=get.get("effect_ids"),
-            effect_values=get.get("effect_values"),
             concepts=json.loads(metadata["concepts"]),
         )
+
+
+class Fires:
+    """Sums up on which tokens each feature's activation lies, over any number of batches."""
+
+    def __init__(self, d_sae: int, vocab: int) -> None:
+        self.d_sae, self.vocab = d_sae, vocab
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._entries = 0
+
+    def add(self, features: Features, ids: Tensor) -> None:
+        """Counts active features in; `ids` [tokens] is the token at each of their rows."""
+        key = features.feature * self.vocab + ids[features.token]
+        self._parts.append(_summed(key, features.value.abs()))
+        self._entries += len(self._parts[-1][0])
+        if self._entries > FIRES_AT_ONCE:
+            self._merge()
+
+    def _merge(self) -> tuple[Tensor, Tensor]:
+        import torch
+
+        self._parts = [_summed(*(torch.cat(parts) for parts in zip(*self._parts, strict=True)))]
+        self._entries = 0
+        return self._parts[0]
+
+    def top(self, count: int = FIRES) -> tuple[Tensor, Tensor]:
+        """[d_sae, count] token ids, most first and -1 where there are no more, and their shares of the activation."""
+        import torch
+
+        ids = torch.full((self.d_sae, count), -1)
+        shares = torch.zeros(self.d_sae, count)
+        if not self._parts:
+            return ids, shares
+        key, mass = (part.cpu() for part in self._merge())
+        order = mass.argsort(descending=True, stable=True)
+        order = order[(key[order] // self.vocab).argsort(stable=True)]  # by feature, the most first
+        feature, token, mass = key[order] // self.vocab, key[order] % self.vocab, mass[order]
+        begin = torch.searchsorted(feature, torch.arange(self.d_sae))
+        rank = torch.arange(len(feature)) - begin[feature]
+        whole = torch.zeros(self.d_sae).index_add_(0, feature, mass)
+        kept = rank < count
+        ids[feature[kept], rank[kept]] = token[kept]
+        shares[feature[kept], rank[kept]] = mass[kept] / whole[feature[kept]]
+        return ids, shares
+
+
+def _summed(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    distinct, inverse = key.unique(return_inverse=True)
+    return distinct, value.new_zeros(len(distinct)).index_add_(0, inverse, value)
 
 
 def measure(model: Model, sae: Sae, texts: list[str]) -> Facts:
@@ -92,18 +154,22 @@ def measure(model: Model, sae: Sae, texts: list[str]) -> Facts:
 
     maximum = torch.zeros(sae.d_sae, device=model.device)
     fired = torch.zeros(sae.d_sae, dtype=torch.long, device=model.device)
+    fires = Fires(sae.d_sae, model.hf.config.get_text_config().vocab_size)
     norms, tokens = [], 0
     rows = sorted((model.tokenize(text, most=model.context) for text in texts), key=len)
     for first in range(0, len(rows), 32):
         batch = model.batch(rows[first : first + 32])
         values = model.values(batch, [sae.site, sae.writes])
         x, written = values[sae.site], values[sae.writes][batch.content]
+        ids, begin = batch.ids[batch.content], 0
         for features in sae.features_of(x, batch.content):
             maximum.scatter_reduce_(0, features.feature, features.value, "amax")
+            fires.add(features, ids[begin : begin + features.shape[0]])
+            begin += features.shape[0]
             fired += torch.bincount(features.feature, minlength=sae.d_sae)
         norms.append(written.float().norm(dim=1))
         tokens += len(written)
-    return Facts(maximum, fired / tokens, float(torch.cat(norms).median()), tokens)
+    return Facts(maximum, fired / tokens, float(torch.cat(norms).median()), tokens, *fires.top())
 
 
 def of(model: Model, sae: Sae, shipped: Path | None = None) -> Facts:

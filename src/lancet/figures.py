@@ -56,7 +56,7 @@ def spectrum(spot: Spot, path: Path, top: int = 15) -> Path:
     """
     plt = _pyplot()
     lits = spot.top(top, spot.reading.dense)
-    names = [f"#{lit.feature}  {lit.says}".rstrip() for lit in lits]
+    names = [f"#{lit.feature}  {lit.fires}".rstrip() for lit in lits]
     family, note = fonts_for(spot.text + "".join(names))
     with plt.rc_context({"font.family": family}):
         figure, axes = plt.subplots(figsize=(9, 1.4 + 0.36 * max(3, len(lits))), facecolor=PAPER)
@@ -98,7 +98,7 @@ def score(reading: Reading, path: Path, features: int = MOST_FEATURES) -> Path:
     lits.sort(key=lambda lit: lit.position)
     grid = np.array([[float(v) for v in reading.features.of_feature(lit.feature)[positions]] for lit in lits])
     pieces = [_plain(reading.tokens.piece(p)) for p in positions]
-    names = [f"{lit.says}  #{lit.feature}".strip() for lit in lits]
+    names = [f"{lit.fires}  #{lit.feature}".strip() for lit in lits]
     family, note = fonts_for("".join(pieces + names))
     with plt.rc_context({"font.family": family}):
         width = min(40.0, 3.8 + 0.42 * len(positions))

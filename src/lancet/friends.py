@@ -166,7 +166,9 @@ def fwd_hooks(
     def within(function: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
         def placed(value: Tensor) -> Tensor | None:
             if value.shape[1] != state["columns"]:
-                raise UsageError("these hooks never saw this pass begin; start it at the first block (start_at_layer=0)")
+                raise UsageError(
+                    "these hooks did not see this pass begin; start it at the first block (start_at_layer=0)"
+                )
             return function(value)
 
         return placed

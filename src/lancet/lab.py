@@ -48,6 +48,7 @@ class Feature:
         name: what it is called, "" where it has no name.
         maximum: its largest activation over the measured text, 0 where it never fired.
         density: share of all tokens on which it fires.
+        fires: the tokens that it fires on, "" where it never fired.
         says: what it makes the model say, "" where not measured.
         url: its public page, "" where it has none.
     """
@@ -58,6 +59,7 @@ class Feature:
     name: str = ""
     maximum: float = 0.0
     density: float = 0.0
+    fires: str = ""
     says: str = ""
     url: str = ""
 
@@ -150,11 +152,20 @@ class Lab:
             name=name,
             maximum=float(known.maximum[index]),
             density=float(known.density[index]),
-            says=self.label(index, owner),
+            fires=self.fires(index, owner),
+            says=self.says(index, owner),
             url=f"{owner.page}/{index}" if owner.page else "",
         )
 
-    def label(self, index: int, sae: Sae | None = None, count: int = 3) -> str:
+    def fires(self, index: int, sae: Sae | None = None, count: int = 3) -> str:
+        """The tokens on which most of a feature's activation lies, "" where it never fired."""
+        ids = self.facts(sae).fires_ids
+        if ids is None:
+            return ""
+        pieces = (self.model.decode([i]).strip() for i in ids[index].tolist() if i >= 0)
+        return ", ".join([piece for piece in dict.fromkeys(pieces) if piece and "\ufffd" not in piece][:count])
+
+    def says(self, index: int, sae: Sae | None = None, count: int = 3) -> str:
         """The words that a feature makes likelier, "" where the effect lens has not been run over all features."""
         from lancet.effect import words
 
@@ -267,7 +278,8 @@ class Lab:
         chosen = self.sae(sae)
         reading = read(self.model, chosen, self.facts(chosen), self.tokenize(text))
         reading.top, reading.dense = top, dense
-        reading.labels = {f: self.label(f, chosen) for f in reading.features.feature.unique().tolist()}
+        lit = reading.features.feature.unique().tolist()
+        reading.labels = {f: (self.fires(f, chosen), self.says(f, chosen)) for f in lit}
         return reading
 
     def effect(
@@ -291,15 +303,18 @@ class Lab:
         found: dict[int, Effect] = {}
         for site in dict.fromkeys(direction.site for direction in directions):
             chosen = [i for i, direction in enumerate(directions) if direction.site == site]
-            length = strength * self._norm(site)
+            known = next((self.facts(sae) for sae in self.saes if sae.writes == site), None)
+            length, against = strength * self._norm(site), None
+            if known and known.effect_mean is not None and known.effect_deviation is not None:
+                against = lens.Baseline(known.effect_mean.float(), known.effect_deviation.float())
             vectors = torch.stack([directions[i].unit().vector * length for i in chosen])
             for change, i in zip(
                 (row for part in lens.changes(self.model, site, vectors) for row in part), chosen, strict=True
             ):
-                best, worst = change.topk(count), change.topk(count, largest=False)
+                sides = (lens.strongest(change[None], count, against, largest) for largest in (True, False))
                 up, down = (
-                    tuple((decode([t]), v) for t, v in zip(side.indices.tolist(), side.values.tolist(), strict=True))
-                    for side in (best, worst)
+                    tuple((decode([t]), v) for t, v in zip(ids[0].tolist(), nats[0].tolist(), strict=True))
+                    for ids, nats in sides
                 )
                 found[i] = lens.Effect(directions[i].recipe, strength, up, down)
         return [found[i] for i in range(len(directions))]

@@ -56,7 +56,10 @@ class Precision:
 
 
 def choose(
-    device: str = "auto", dtype: str = "auto", quantize: str | None = None, device_map: str | dict[str, Any] | None = None
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Precision:
     """Device, dtype and the rest, from what a user says.
 

@@ -29,6 +29,7 @@ class Lit:
         value: its activation.
         share: its share of the reconstruction; over all features of a token they sum to 1.
         position: the token where it is so.
+        fires: the tokens that it fires on, over all the text that was measured ("" where it never fired there).
         says: what it makes the model say, strongest first ("" where that was not measured).
     """
 
@@ -36,6 +37,7 @@ class Lit:
     value: float
     share: float
     position: int
+    fires: str = ""
     says: str = ""
 
 
@@ -78,7 +80,7 @@ class Reading:
             which for a transcoder is the MLP's output.
         norms: [tokens] length of the vector.
         facts: maxima, densities, effects.
-        labels: feature -> the tokens that it makes likelier, where measured.
+        labels: feature -> (the tokens that it fires on, the words that it makes likelier), where measured.
         notes: precision and device, in words.
     """
 
@@ -89,7 +91,7 @@ class Reading:
     explained: Tensor
     norms: Tensor
     facts: Facts
-    labels: dict[int, str]
+    labels: dict[int, tuple[str, str]]
     notes: list[str]
     top: int = 5
     dense: bool = False
@@ -164,13 +166,13 @@ class Reading:
                 feature, value = int(self.features.feature[i]), float(self.features.value[i])
                 stronger = feature not in best or abs(value) > abs(best[feature].value)  # AbsTopK's may be negative
                 if (dense or not self.is_dense(feature)) and stronger:
-                    label = self.labels.get(feature, "")
-                    best[feature] = Lit(feature, value, float(self.shares[i]), position, label)
+                    label = self.labels.get(feature, ("", ""))
+                    best[feature] = Lit(feature, value, float(self.shares[i]), position, *label)
         return sorted(best.values(), key=lambda lit: -abs(lit.value))[:count]
 
     def to_json(self) -> dict[str, Any]:
-        """{"text", "sae", "site", "precision", "hidden_dense", "tokens": [{"position", "text", "lit", "explained",
-        "norm", "top": [{"feature", "value", "share", "says", "url"}]}]}; url only where the SAE has a public page."""
+        """{"text", "sae", "site", "precision", "hidden_dense", "tokens": [{"position", "text", "lit",
+        "explained", "norm", "top": [{"feature", "value", "share", "fires", "says", "url"}]}]}; url only where the SAE has a public page."""
         return {
             "text": self.tokens.text,
             "sae": self.sae.name,
@@ -185,7 +187,13 @@ class Reading:
                     "explained": round(spot.explained[0], 4),
                     "norm": round(float(self.norms[spot.positions[0]]), 3),
                     "top": [
-                        {"feature": x.feature, "value": round(x.value, 4), "share": round(x.share, 4), "says": x.says}
+                        {
+                            "feature": x.feature,
+                            "value": round(x.value, 4),
+                            "share": round(x.share, 4),
+                            "fires": x.fires,
+                            "says": x.says,
+                        }
                         | ({"url": f"{self.sae.page}/{x.feature}"} if self.sae.page else {})
                         for x in spot.top(self.top, self.dense)
                     ],
@@ -219,11 +227,13 @@ class Reading:
         return "\n".join(lines)
 
 
-def read(model: Model, sae: Sae, facts: Facts, tokens: Tokens, labels: dict[int, str] | None = None) -> Reading:
+def read(
+    model: Model, sae: Sae, facts: Facts, tokens: Tokens, labels: dict[int, tuple[str, str]] | None = None
+) -> Reading:
     """Reads one text with one SAE: one forward pass that stops at the last site, one encode.
 
     Args:
-        labels: feature -> what it makes the model say; looked up for the active features alone.
+        labels: feature -> what it fires on and makes the model say; looked up for the active features alone.
     """
     import torch
 

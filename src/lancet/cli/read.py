@@ -74,17 +74,17 @@ def recipe(spot: Spot, top: int, dense: bool) -> None:
     most = max((lit.value for lit in lits), default=1.0)
     page = spot.reading.sae.page
     rows = [
-        [f"#{lit.feature}", f"{lit.value:.1f}", show.bar(lit.value, most), f"{lit.share:.1%}", lit.says]
+        [f"#{lit.feature}", f"{lit.value:.1f}", show.bar(lit.value, most), f"{lit.share:.1%}", lit.fires, lit.says]
         + ([f"{page}/{lit.feature}"] if page else [])
         for lit in lits
     ]
-    columns = ["feature", "strength", "", "share", "makes the model say", *(["page"] if page else [])]
+    columns = ["feature", "strength", "", "share", "fires on", "makes the model say", *(["page"] if page else [])]
     show.table(columns, rows, right=["strength", "share"])
 
 
 def told(lit: Lit) -> str:
-    """One feature in few characters: number, activation, what it makes the model say."""
-    return f"#{lit.feature} {lit.value:.1f}" + (f" {lit.says}" if lit.says else "")
+    """One feature in few characters: number, activation, what it fires on."""
+    return f"#{lit.feature} {lit.value:.1f}" + (f" {lit.fires}" if lit.fires else "")
 
 
 def remarks(reading: Reading) -> None:
@@ -95,8 +95,7 @@ def remarks(reading: Reading) -> None:
 
 
 def spot_json(spot: Spot, top: int, dense: bool) -> dict[str, object]:
-    """{"text", "sae", "site", "positions", "lit", "explained", "top": [{"feature", "value", "share", "position",
-    "says", "url"}]}; url only where the SAE has a public page."""
+    """{"text", "sae", "site", "positions", "lit", "explained", "top": [as in docs/json.md]}."""
     page = spot.reading.sae.page
     return {
         "text": spot.text,
