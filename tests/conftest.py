@@ -23,6 +23,12 @@ START = "<|endoftext|>"
 SMALL_TEXT = ["The cat sat on the mat and the dog sat on the cat.", "    return the value of the list", "你好，世界"]
 
 
+@pytest.fixture(autouse=True)
+def own_data(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that a test gives are neither the user's nor another test's."""
+    monkeypatch.setenv("LANCET_DATA", str(tmp_path_factory.mktemp("data")))
+
+
 @pytest.fixture(scope="session")
 def smollm2_f32() -> Model:
     return open_model("smollm2", device="cpu", dtype="float32")

@@ -1,4 +1,4 @@
-"""Tiny random models of eight architectures, each as a Lancet model and as a TransformerLens model of the same weights."""
+"""Tiny random models of eight architectures, as Lancet's and as TransformerLens' models of the same weights."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def _config(name: str, hf: Any) -> Any:
     said = hf.config
     if name == "Phi":
         return HookedTransformerConfig(
-            d_model=WIDTH, d_head=8, n_heads=HEADS, d_mlp=HIDDEN, n_layers=LAYERS, n_ctx=CONTEXT, eps=said.layer_norm_eps,
-            d_vocab=said.vocab_size, act_fn=said.hidden_act, normalization_type="LN", positional_embedding_type="rotary",
-            rotary_base=said.rope_parameters["rope_theta"], parallel_attn_mlp=True, rotary_dim=4, device="cpu",
+            d_model=WIDTH, d_head=8, n_heads=HEADS, d_mlp=HIDDEN, n_layers=LAYERS, n_ctx=CONTEXT,
+            eps=said.layer_norm_eps, d_vocab=said.vocab_size, act_fn=said.hidden_act, normalization_type="LN",
+            positional_embedding_type="rotary", rotary_base=said.rope_parameters["rope_theta"], parallel_attn_mlp=True, rotary_dim=4, device="cpu",
             original_architecture="PhiForCausalLM",
         )  # fmt: skip
     if not name.startswith("Gemma"):
@@ -104,8 +104,9 @@ def _config(name: str, hf: Any) -> Any:
         }
     return HookedTransformerConfig(
         d_model=WIDTH, d_head=16, n_heads=HEADS, d_mlp=HIDDEN, n_layers=LAYERS, n_ctx=CONTEXT, eps=said.rms_norm_eps,
-        d_vocab=said.vocab_size, act_fn="gelu_pytorch_tanh", normalization_type="RMS", positional_embedding_type="rotary",
+        d_vocab=said.vocab_size, act_fn="gelu_pytorch_tanh", normalization_type="RMS",
+        positional_embedding_type="rotary", use_local_attn=True,
         n_key_value_heads=2, gated_mlp=True, final_rms=True, use_normalization_before_and_after=True, window_size=6,
-        use_local_attn=True, attn_types=["local" if kind.startswith("sliding") else "global" for kind in said.layer_types],
+        attn_types=["local" if kind.startswith("sliding") else "global" for kind in said.layer_types],
         original_architecture=type(hf).__name__, model_name=name, device="cpu", rotary_dim=16, **more,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from fixtures_edits import GREEDY, save_sae
 from fixtures_families import FAMILIES, family, hooked
 from test_basis import FLAGS, at
-from test_sites import IDS, changed, close, edited_by_lens, lens_values, sites
+from test_sites import IDS, INSIDE, changed, close, edited_by_lens, lens_values, sites
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -46,10 +46,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return AutoTokenizer.from_pretrained(folder)
 
 
+LENSES: dict[tuple[Any, ...], Any] = {}
+
+
 def lens(name: str, tokenizer: Any, **processing: bool) -> Any:
-    found = hooked(name, **processing)
-    found.set_tokenizer(tokenizer)
-    return found
+    """A HookedTransformer with its tokenizer; shared."""
+    key = (name, *sorted(processing.items()))
+    if key not in LENSES:
+        LENSES[key] = hooked(name, **processing)
+        LENSES[key].set_tokenizer(tokenizer)
+    return LENSES[key]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +188,7 @@ def test_a_base_model_without_a_head_is_no_model(tokenizer: PreTrainedTokenizerB
 
 def test_models_without_a_tokenizer() -> None:
     for held in (family("Llama").hf, hooked("GPT-2")):
-        with pytest.raises(MissingError, match="without a tokenizer; give both: lancet.Lab"):
+        with pytest.raises(MissingError, match=r"without a tokenizer; give both: lancet\.Lab"):
             lancet.Lab(held)
 
 
@@ -196,18 +202,23 @@ def theirs_of(sae: Sae, folder: Path, **metadata: Any) -> Any:
     return SAE.load_from_disk(folder)
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated", "topk"])
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        *(("GPT-2", architecture) for architecture in ("standard", "jumprelu", "gated", "topk")),
+        *((name, "jumprelu") for name in FAMILIES if name != "GPT-2"),
+    ],
+)
 @pytest.mark.parametrize("operation", ["+= 3", "= 2", "*= 0.3"])
 def test_every_site_edited_as_sae_lens_edits_inside_transformer_lens(
-    architecture: str, operation: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    name: str, architecture: str, operation: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    held = lens("GPT-2", tokenizer)
-    tokens = held.to_tokens(TEXT)
-    for kind in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "ln2.hook_normalized"):
-        site = Site(1, kind)  # type: ignore[arg-type]
+    held = lens(name, tokenizer)
+    tokens = held.to_tokens(TEXT, prepend_bos=True)
+    for site in (site for site in sites(name, (1,)) if site.kind not in INSIDE):
         width = model_of(held).d_site(site)
-        theirs = theirs_of(random_sae(width, 48, architecture, site=site), tmp_path / kind)  # type: ignore[arg-type]
-        for model in (held, (family("GPT-2").hf, tokenizer)):
+        theirs = theirs_of(random_sae(width, 48, architecture, site=site), tmp_path / str(site))  # type: ignore[arg-type]
+        for model in (held, (family(name).hf, tokenizer)):
             lab = lancet.Lab(model, theirs, basis="plain")
             feature = int(lab.read(TEXT).features.feature[0])
             ours = lab.logits(TEXT, f"#{feature} {operation}")
@@ -223,8 +234,8 @@ def test_every_site_edited_as_sae_lens_edits_inside_transformer_lens(
             with torch.no_grad():
                 expected = held.run_with_hooks(tokens, fwd_hooks=[(str(site), steer)])[0]
                 plain = held(tokens)[0]
-            assert close(ours, expected, 1e-4), (kind, type(model))
-            assert not close(ours, plain, 1e-4), kind
+            assert close(ours, expected, 1e-4), (site, type(model))
+            assert not close(ours, plain, 1e-4), site
 
 
 def test_a_held_sae_shares_its_weights(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lancet.algebra import Binary, Call, Expression, Number, Ref
-from lancet.edit import WORDS, Edit, Span
+from lancet.edit import Edit
 from lancet.errors import UsageError
 from lancet.grammar import parse_edit, parse_expression
 from lancet.site import Site
+from lancet.span import WORDS, Span
 from lancet.units import Amount
 
 LOVE, ROMANCE = Ref(name="love"), Ref(name="romance")
@@ -181,7 +182,7 @@ MISTAKES = [  # the text, the wrong character's first occurrence from `after` on
     ("#12 += 80 @ 1:2:3", ":", 14, ","),
     ("#12 += 80 @ last all", "a", 14, ","),
     ("#12 += 80 @ last, everywhere", "e", 10, "no span everywhere; there are all, prompt"),
-    ("unt(love) += 3", "u", 0, "no function unt; there are unit and without"),
+    ("unt(love) += 3", "u", 0, "no function unt; there are unit, without and mean_difference"),
     ("2 * unit(a, b) += 3", "u", 0, "unit takes one argument"),
     ("a - without(a) += 3", "w", 0, "without takes two arguments"),
     ("#12 *= 2x", "2", 3, "takes a plain factor, got 2x"),

@@ -1,12 +1,13 @@
 """Directions, and the arithmetic that makes new ones out of features.
 
 An expression (`love - romance`, `0.6 * #12 + 0.4 * #77`, `unit(bridge)`) is a small tree; evaluated, it is a Direction:
-a vector at one site with the recipe that made it. Directions at different sites never mix.
+a vector at one site with the recipe that made it. Directions at different sites never mix. What is left where parts
+cancel is rounding, and counts as zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ref:
-    """A feature by number (`#12`, `blocks.8.hook_resid_pre#77`) or anything by name (`bridge`)."""
+    """A feature by number (`#12`, `blocks.8.hook_resid_pre#77`) or anything by name (`bridge`).
+
+    With several SAEs a site tells whose number or name it is: `blocks.8.hook_resid_pre#bridge`.
+    """
 
     name: str = ""
     index: int = -1
     site: Site | None = None
 
     def __str__(self) -> str:
-        return self.name or f"{self.site or ''}#{self.index}"
+        if self.site is None and self.name:
+            return self.name
+        return f"{self.site or ''}#{self.name or self.index}"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,17 @@ class Number:
 
     def __str__(self) -> str:
         return short(self.value)
+
+
+@dataclass(frozen=True)
+class Text:
+    """The name of a file."""
+
+    value: str
+
+    def __str__(self) -> str:
+        quote = "'" if '"' in self.value else '"'
+        return f"{quote}{self.value}{quote}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,11 @@ class Binary:
 
 @dataclass(frozen=True)
 class Call:
-    """`unit(a)`: length 1; `without(a, b)`: a with its part along b removed."""
+    """A function of directions: `unit(a)`, of length 1; `without(a, b)`, a with its part along b removed.
+
+    Or of files: `mean_difference("like.txt", "unlike.txt")`, the mean value over the sentences of one less that over
+    those of the other (DiffMean), a bundled neutral text where no second file is named.
+    """
 
     function: str
     arguments: tuple[Expression, ...]
@@ -71,8 +92,56 @@ class Call:
         return f"{self.function}({', '.join(map(str, self.arguments))})"
 
 
-Expression = Ref | Number | Binary | Call
-FUNCTIONS = {"unit": 1, "without": 2}
+@dataclass(frozen=True)
+class Function:
+    """What a function takes: `least` to `most` arguments, files' names or else directions."""
+
+    least: int
+    most: int
+    files: bool = False
+
+
+Expression = Ref | Number | Text | Binary | Call
+FUNCTIONS = {"unit": Function(1, 1), "without": Function(2, 2), "mean_difference": Function(1, 2, files=True)}
+CANCELLED = 1e-6  # of the parts' own length: float32 leaves as much of `0.1 * a + 0.2 * a - 0.3 * a`
+
+
+def refs(expression: Expression) -> Iterator[Ref]:
+    """Every feature and name in an expression, from left to right."""
+    match expression:
+        case Ref():
+            yield expression
+        case Binary(_, left, right):
+            yield from refs(left)
+            yield from refs(right)
+        case Call(_, arguments):
+            for argument in arguments:
+                yield from refs(argument)
+        case Number() | Text():
+            pass
+
+
+def substitute(expression: Expression, by: Callable[[Ref], Expression]) -> Expression:
+    """The same expression with every feature and name replaced."""
+    match expression:
+        case Ref():
+            return by(expression)
+        case Binary(operator, left, right):
+            return Binary(operator, substitute(left, by), substitute(right, by))
+        case Call(function, arguments):
+            return Call(function, tuple(substitute(argument, by) for argument in arguments))
+        case Number() | Text():
+            return expression
+
+
+def reads_files(expression: Expression) -> bool:
+    """Whether its value depends on what files hold."""
+    match expression:
+        case Binary(_, left, right):
+            return reads_files(left) or reads_files(right)
+        case Call(function, arguments):
+            return FUNCTIONS[function].files or any(map(reads_files, arguments))
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +177,8 @@ class Direction:
         """The same with its part along `other` removed."""
         self._same_site(other)
         along = other.unit().vector
-        return Direction(
-            self.site, self.vector - (self.vector @ along) * along, f"without({self.recipe}, {other.recipe})"
-        )
+        left = self.vector - (self.vector @ along) * along
+        return Direction(self.site, _left(left, self.norm), f"without({self.recipe}, {other.recipe})")
 
     def cosine(self, other: Direction) -> float:
         """Cosine of the angle between the two."""
@@ -119,11 +187,13 @@ class Direction:
 
     def __add__(self, other: Direction) -> Direction:
         self._same_site(other)
-        return Direction(self.site, self.vector + other.vector, f"({self.recipe} + {other.recipe})")
+        left = _left(self.vector + other.vector, self.norm + other.norm)
+        return Direction(self.site, left, f"({self.recipe} + {other.recipe})")
 
     def __sub__(self, other: Direction) -> Direction:
         self._same_site(other)
-        return Direction(self.site, self.vector - other.vector, f"({self.recipe} - {other.recipe})")
+        left = _left(self.vector - other.vector, self.norm + other.norm)
+        return Direction(self.site, left, f"({self.recipe} - {other.recipe})")
 
     def __mul__(self, by: float) -> Direction:
         return Direction(self.site, self.vector * by, f"({short(by)} * {self.recipe})")
@@ -146,12 +216,18 @@ class Direction:
             )
 
 
-def evaluate(expression: Expression, resolve: Callable[[Ref], Direction]) -> Direction:
+def _left(vector: Tensor, size: float) -> Tensor:
+    """What parts of some size leave, zero where they cancel."""
+    return vector * 0 if float(vector.norm()) <= CANCELLED * size else vector
+
+
+def evaluate(expression: Expression, resolve: Callable[[Ref | Call], Direction]) -> Direction:
     """The Direction of an expression.
 
     Args:
         expression: the tree.
-        resolve: gives the Direction of a Ref; raises UnknownName or UsageError.
+        resolve: gives the Direction of a Ref, and of the Call of a function that reads files; raises UnknownName or
+            UsageError.
 
     Raises:
         UsageError: numbers and directions are combined in a way that has no meaning, or sites differ.
@@ -162,8 +238,12 @@ def evaluate(expression: Expression, resolve: Callable[[Ref], Direction]) -> Dir
     return Direction(value.site, value.vector, str(expression))
 
 
-def _value(expression: Expression, resolve: Callable[[Ref], Direction]) -> Direction | float:
+def _value(expression: Expression, resolve: Callable[[Ref | Call], Direction]) -> Direction | float:
     match expression:
+        case Call(function) if FUNCTIONS[function].files:
+            return resolve(expression)
+        case Text(value):
+            raise UsageError(f"{value!r} is the name of a file, not a direction; write mean_difference({expression})")
         case Ref():
             return resolve(expression)
         case Number(value):

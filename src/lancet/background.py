@@ -101,30 +101,44 @@ class Sorted:
 
     Attributes:
         begin: [d_sae + 1] where each feature's values begin; value: [entries] ascending within a feature.
+        member: [entries] whose value it is.
         population: of how many values each feature's would be one, zeros included.
     """
 
     begin: Tensor
     value: Tensor
+    member: Tensor
     population: int
 
     @classmethod
-    def of(cls, feature: Tensor, value: Tensor, d_sae: int, population: int) -> Sorted:
+    def of(cls, feature: Tensor, value: Tensor, member: Tensor, d_sae: int, population: int) -> Sorted:
         """Sorts entries."""
         import torch
 
         order = value.argsort(stable=True)
         order = order[feature[order].argsort(stable=True)]
         begin = torch.searchsorted(feature[order], torch.arange(d_sae + 1))
-        return cls(begin, value[order].contiguous(), population)
+        return cls(begin, value[order].contiguous(), member[order].int(), population)
 
-    def joined(self, feature: Tensor, value: Tensor, population: int) -> Sorted:
+    def joined(self, feature: Tensor, value: Tensor, member: Tensor, population: int) -> Sorted:
         """The same with more members."""
         import torch
 
         d_sae = len(self.begin) - 1
         own = torch.repeat_interleave(torch.arange(d_sae), self.begin.diff())
-        return Sorted.of(torch.cat([own, feature]), torch.cat([self.value, value]), d_sae, self.population + population)
+        members = torch.cat([self.member, member.int() + self.population])
+        both = torch.cat([own, feature]), torch.cat([self.value, value])
+        return Sorted.of(*both, members, d_sae, self.population + population)
+
+    def dense(self, features: Tensor) -> Tensor:
+        """[population, m] the values of some features."""
+        import torch
+
+        out = torch.zeros(self.population, len(features))
+        for column, feature in enumerate(features.tolist()):
+            part = slice(int(self.begin[feature]), int(self.begin[feature + 1]))
+            out[self.member[part].long(), column] = self.value[part]
+        return out
 
     def at_least(self, feature: Tensor, value: Tensor, above: bool = False) -> Tensor:
         """[n] how many members reach (or, `above`, exceed) each feature's value."""
@@ -160,7 +174,6 @@ class Background:
 
     Attributes:
         maximum, mean, token: over sentences and over single tokens.
-        values_mean: [d_in] mean value at the site over sentences; spread: [d_in, d_in] their covariance.
         activation: [d_sae] mean activation over tokens.
         seen: [vocab] in how many sentences each token id occurs.
         examples: [n, d_in] the sentences' mean values.
@@ -181,7 +194,7 @@ class Background:
         metadata = {}
         for name in ("maximum", "mean", "token"):
             each: Sorted = getattr(self, name)
-            tensors |= {f"{name}.begin": each.begin, f"{name}.value": each.value}
+            tensors |= {f"{name}.begin": each.begin, f"{name}.value": each.value, f"{name}.member": each.member}
             metadata[name] = str(each.population)
         with whole_file(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
@@ -200,7 +213,7 @@ class Background:
             metadata = file.metadata()
             get = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         parts = {
-            name: Sorted(get[f"{name}.begin"], get[f"{name}.value"], int(metadata[name]))
+            name: Sorted(get[f"{name}.begin"], get[f"{name}.value"], get[f"{name}.member"], int(metadata[name]))
             for name in ("maximum", "mean", "token")
         }
         return cls(**parts, activation=get["activation"], seen=get["seen"], examples=get["examples"])
@@ -232,9 +245,9 @@ def measure(model: Model, sae: Sae, texts: Sequence[str]) -> Background:
         seen[torch.tensor(sorted(set(row.ids)))] += 1
     activation = torch.zeros(sae.d_sae).index_add_(0, found.token_feature, found.token_value) / tokens
     return Background(
-        Sorted.of(found.feature, found.maximum, sae.d_sae, found.count),
-        Sorted.of(found.feature, found.mean, sae.d_sae, found.count),
-        Sorted.of(found.token_feature, found.token_value, sae.d_sae, tokens),
+        Sorted.of(found.feature, found.maximum, found.text, sae.d_sae, found.count),
+        Sorted.of(found.feature, found.mean, found.text, sae.d_sae, found.count),
+        Sorted.of(found.token_feature, found.token_value, found.token_text, sae.d_sae, tokens),
         activation,
         seen,
         found.values,

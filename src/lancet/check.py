@@ -127,6 +127,15 @@ def _run(model: Model, sae: Sae, rows: Sequence[Sequence[int]], quick: bool) -> 
     return Checkup(f"{sae.name} at {sae.site} of {model.name}", figures, tuple(findings))
 
 
+def first(model: Model, sae: Sae) -> Checkup:
+    """The quick test at the first opening of a pair; what it found is kept."""
+    from lancet.facts import fingerprint
+    from lancet.files import cache_dir, kept_json
+
+    path = cache_dir() / "checks" / f"{fingerprint(model, sae)}.json"
+    return Checkup.from_json(kept_json(path, lambda: check(model, sae, quick=True).to_json()))
+
+
 def kinds_of_text() -> list[str]:
     """One passage out of each volume of the bench, and some code."""
     import random

@@ -203,7 +203,8 @@ def main(arguments: list[str]) -> int:
     sys.stdout = sys.stderr  # what libraries print is no report
 
     def tell(told: dict[str, Any]) -> None:
-        print(json.dumps(told), file=out, flush=True)
+        out.write(json.dumps(told) + "\n")
+        out.flush()
 
     release, identifier, folder = arguments
     try:

@@ -4,7 +4,7 @@
 
 so that what the SAE fails to explain survives. Only the edited features are computed where the architecture allows it,
 and an add needs no encoder at all. Edits of one row at one site all read the same unedited `x`; several edits of one
-feature act on its activation in order.
+feature act on its activation in order, and conditions (`where #77 > 5`) look at the unedited value of their site too.
 
 A transcoder reads at one site and writes at a later one: its edits act where it writes, on what it read earlier in the
 same forward pass. Its skip connection does not depend on features and cancels.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lancet.algebra import Direction, Expression, Ref
 from lancet.errors import UsageError
+from lancet.span import Gate, Span
 from lancet.units import Amount
 
 if TYPE_CHECKING:
@@ -26,70 +27,9 @@ if TYPE_CHECKING:
 
     from lancet.sae import Sae
     from lancet.site import Site
-    from lancet.tokens import Tokens
 
 Operation = Literal["add", "set", "scale", "at_least", "at_most"]
 SIGNS: dict[str, Operation] = {"+=": "add", "=": "set", "*=": "scale", ">=": "at_least", "<=": "at_most"}
-ROLES = ("assistant", "user", "system")
-WORDS = ("all", "prompt", "generated", "last", *ROLES)
-
-
-@dataclass(frozen=True)
-class Span:
-    """A set of absolute positions; 0 is the start token.
-
-    Args:
-        parts: each a word of WORDS, a position, or a (begin, end) pair, half open, None for an open end. Negative
-            positions count from the end of the prompt. A word never means the start token; a number may.
-    """
-
-    parts: tuple[str | int | tuple[int | None, int | None], ...] = ("all",)
-
-    def mask(self, prompt: Tokens, length: int) -> Tensor:
-        """[length] True where the span covers a position; positions from len(prompt) on are newly generated.
-
-        Raises:
-            UsageError: a role in a prompt that is not a chat.
-        """
-        import torch
-
-        n = len(prompt)
-        out = torch.zeros(length, dtype=torch.bool)
-        first = 1 if prompt.roles[:1] == ("start",) else 0
-        for part in self.parts:
-            if isinstance(part, int):
-                at = part + n if part < 0 else part
-                if 0 <= at < length:
-                    out[at] = True
-            elif isinstance(part, tuple):
-                begin, end = part
-                # An open beginning, or one before the text, is the first token; the start token is asked for by `0:`.
-                begin = first if begin is None else max(begin + n, first) if begin < 0 else begin
-                end = length if end is None else max(end + n, 0) if end < 0 else end
-                out[begin:end] = True
-            elif part in ROLES:
-                if set(prompt.roles) <= {"start", "text"}:
-                    raise UsageError(f"@ {part} needs a chat, and the prompt is plain text; use --chat or another span")
-                out[:n] |= torch.tensor([role == part for role in prompt.roles])
-                if part == "assistant":
-                    out[n:] = True
-            else:
-                begin, end = {
-                    "all": (first, length),
-                    "prompt": (first, n),
-                    "generated": (n - 1, length),
-                    "last": (n - 1, n),
-                }[part]
-                out[max(begin, first) : end] = True
-        return out
-
-    def __str__(self) -> str:
-        def text(part: str | int | tuple[int | None, int | None]) -> str:
-            if isinstance(part, tuple):
-                return ":".join("" if end is None else str(end) for end in part)
-            return str(part)
-
-        return ", ".join(map(text, self.parts))
 
 
 @dataclass(frozen=True)
@@ -141,6 +81,7 @@ class Step:
         target: (Sae, feature index), or a Direction.
         operation, amount: as in Edit; the amount is raw.
         mask: [positions] where it acts.
+        gate: acts only where this is open; None everywhere.
 
     Raises:
         UsageError: the SAE's activations can be added to, but not set to anything.
@@ -151,8 +92,11 @@ class Step:
     operation: Operation
     amount: float
     mask: Tensor
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
+        if self.gate is not None:
+            self.gate.check(self.site)
         if isinstance(self.target, Direction) or self.operation == "add" or self.target[0].kind.editable:
             return
         sae, index = self.target
@@ -226,7 +170,7 @@ class RowChange:
     @staticmethod
     def _constant(step: Step) -> bool:
         plain = isinstance(step.target, Direction) or not step.target[0].normalises_tokens
-        return step.operation == "add" and plain
+        return step.operation == "add" and plain and step.gate is None
 
     def __bool__(self) -> bool:
         return bool(self.steps)
@@ -237,13 +181,25 @@ class RowChange:
         blunt = set() if self.keep_error else {sae.site for sae, _ in self._by_sae() if sae.site != sae.writes}
         return blunt | {step.reads for step in self.steps if step.reads is not None}
 
-    def new_value(self, x: Tensor, positions: Tensor, read: Mapping[Site, Tensor] | None = None) -> Tensor:
+    @property
+    def watches(self) -> set[Site]:
+        """The sites before this one whose unedited values its conditions look at."""
+        return {step.gate.site for step in self.steps if step.gate is not None and step.gate.site != step.site}
+
+    def new_value(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        read: Mapping[Site, Tensor] | None = None,
+        watched: Mapping[Site, Tensor] | None = None,
+    ) -> Tensor:
         """The changed values of some tokens of this row.
 
         Args:
             x: [n, width] their values.
             positions: [n] absolute, all covered by `any`.
             read: site -> [n, width there] for each site in `reads`.
+            watched: the same for each site in `watches`.
 
         Returns:
             [n, width].
@@ -251,11 +207,12 @@ class RowChange:
         if self.constant is not None:
             return (x.float() + self.constant.to(x.device)).to(x.dtype)
         x32 = x.float()
+        inside = [_inside(step, x32, positions, watched or {}) for step in self.steps]
         if not self.keep_error:
-            return self._replaced(x32, positions, read or {}).to(x.dtype)
-        return (x32 + self._moved(x32, positions, read or {})).to(x.dtype)
+            return self._replaced(x32, inside, read or {}).to(x.dtype)
+        return (x32 + self._moved(x32, inside, read or {})).to(x.dtype)
 
-    def _moved(self, x: Tensor, positions: Tensor, read: Mapping[Site, Tensor]) -> Tensor:
+    def _moved(self, x: Tensor, inside: Sequence[Tensor], read: Mapping[Site, Tensor]) -> Tensor:
         import torch
 
         moved = torch.zeros_like(x)
@@ -266,14 +223,13 @@ class RowChange:
             else:
                 seen = x if sae.site == sae.writes else read[sae.site]
                 before = sae.encode_at(seen, features)
-            after = _apply(before, features, steps, positions)
+            after = _apply(before, features, steps, self._of(steps, inside))
             moved += sae.write(seen, after - before, features)
-        for step in self.steps:
+        for step, here in zip(self.steps, inside, strict=True):
             if isinstance(step.target, Direction):
                 vector = step.target.vector.to(x.device)
                 before = x @ vector / (vector @ vector)
-                inside = step.mask.to(x.device)[positions]
-                after = torch.where(inside, operate(step.operation, before, step.amount), before)
+                after = torch.where(here, operate(step.operation, before, step.amount), before)
                 moved += (after - before)[:, None] * vector
         return moved
 
@@ -288,14 +244,20 @@ class RowChange:
                 f"{sae.architecture} SAE, does not have; leave it (--blunt) out"
             )
 
-    def _replaced(self, x: Tensor, positions: Tensor, read: Mapping[Site, Tensor]) -> Tensor:
+    def _replaced(self, x: Tensor, inside: Sequence[Tensor], read: Mapping[Site, Tensor]) -> Tensor:
+        import torch
+
         ((sae, steps),) = self._by_sae()
         seen = x if sae.site == sae.writes else read[sae.site]
         lit, features = sae.features(seen), _features(steps, x)
         before = lit.columns(features)
-        after = _apply(before, features, steps, positions)
+        after = _apply(before, features, steps, inside)
         new = sae.decode_features(lit, seen) + sae.write(seen, after - before, features)
-        return new + (x - sae.out_basis(x))  # a centred SAE never saw the mean; the model keeps it
+        new = new + (x - sae.out_basis(x))  # a centred SAE never saw the mean; the model keeps it
+        return torch.where(torch.stack(list(inside)).any(0)[:, None], new, x)  # no condition met: left alone
+
+    def _of(self, steps: Sequence[Step], inside: Sequence[Tensor]) -> list[Tensor]:
+        return [here for step, here in zip(self.steps, inside, strict=True) if any(step is other for other in steps)]
 
     def _by_sae(self) -> list[tuple[Sae, list[Step]]]:
         groups: dict[int, tuple[Sae, list[Step]]] = {}
@@ -312,15 +274,22 @@ def _features(steps: Sequence[Step], x: Tensor) -> Tensor:
     return torch.tensor(sorted({step.target[1] for step in steps}), device=x.device)  # type: ignore[index]
 
 
-def _apply(f: Tensor, features: Tensor, steps: Sequence[Step], positions: Tensor) -> Tensor:
-    """[n, m] activations after all steps, one after another."""
+def _inside(step: Step, x: Tensor, positions: Tensor, watched: Mapping[Site, Tensor]) -> Tensor:
+    """[n] whether a step acts on each token."""
+    here = step.mask.to(x.device)[positions]
+    if step.gate is not None:
+        here = here & step.gate.open(x if step.gate.site == step.site else watched[step.gate.site])
+    return here
+
+
+def _apply(f: Tensor, features: Tensor, steps: Sequence[Step], inside: Sequence[Tensor]) -> Tensor:
+    """[n, m] activations after all steps, one after another, each on the tokens [n] that it acts on."""
     import torch
 
     f = f.clone()
-    for step in steps:
+    for step, here in zip(steps, inside, strict=True):
         column = int((features == step.target[1]).nonzero()[0, 0])  # type: ignore[index]
-        inside = step.mask.to(f.device)[positions]
-        f[:, column] = torch.where(inside, operate(step.operation, f[:, column], step.amount), f[:, column])
+        f[:, column] = torch.where(here, operate(step.operation, f[:, column], step.amount), f[:, column])
     return f
 
 
@@ -344,14 +313,16 @@ class BatchEdits:
     def __init__(self, rows: Sequence[RowChange]) -> None:
         self.rows = rows
         self.reads: set[Site] = set().union(*(change.reads for change in rows))
+        self.watches: set[Site] = set().union(*(change.watches for change in rows))
         self._covered: list[tuple[int, Tensor, Tensor]] = []
         self._read: dict[tuple[Site, int], Tensor] = {}
+        self._watched: dict[tuple[Site, int], Tensor] = {}
 
     def place(self, first: Sequence[int], columns: int) -> None:
         """Says that column 0 of the coming pass is absolute position `first[i]` of row i (negative: padding)."""
         import torch
 
-        self._covered, self._read = [], {}
+        self._covered, self._read, self._watched = [], {}, {}
         for i, change in enumerate(self.rows):
             if not change:
                 continue
@@ -367,22 +338,34 @@ class BatchEdits:
             if site in self.rows[i].reads:
                 self._read[site, i] = value[i, columns.to(value.device)]
 
+    def watched(self, site: Site, value: Tensor) -> None:
+        """Keeps what the rows' conditions look at."""
+        for i, columns, _ in self._covered:
+            if site in self.rows[i].watches:
+                self._watched[site, i] = value[i, columns.to(value.device)]
+
     def __call__(self, value: Tensor) -> Tensor | None:
         if not self._covered:
             return None
         value = value.clone()
         for i, columns, positions in self._covered:
             columns = columns.to(value.device)
-            read = {site: self._read[site, i].to(value.device) for site in self.rows[i].reads}
-            value[i, columns] = self.rows[i].new_value(value[i, columns], positions.to(value.device), read)
+            row = self.rows[i]
+            read = {site: self._read[site, i].to(value.device) for site in row.reads}
+            watched = {site: self._watched[site, i].to(value.device) for site in row.watches}
+            value[i, columns] = row.new_value(value[i, columns], positions.to(value.device), read, watched)
         return value
 
 
 def hooks(edits: Mapping[Site, BatchEdits]) -> Iterator[tuple[Site, Callable[[Tensor], Tensor | None]]]:
-    """What is to run at which site in a pass: the edits, and after those of the same site the reading for later ones.
+    """What is to run at which site in a pass: conditions look, then the edits, and after those of the same site the
+    reading for later ones.
 
     A transcoder so reads what the model goes on with, earlier edits included, as the MLP does that it stands for.
     """
+    for edit in edits.values():
+        for site in edit.watches:
+            yield site, partial(edit.watched, site)
     yield from edits.items()
     for edit in edits.values():
         for site in edit.reads:

@@ -154,7 +154,7 @@ def measure(model: Model, sae: Sae, texts: list[str]) -> Facts:
 
     maximum = torch.zeros(sae.d_sae, device=model.device)
     fired = torch.zeros(sae.d_sae, dtype=torch.long, device=model.device)
-    fires = Fires(sae.d_sae, model.hf.config.get_text_config().vocab_size)
+    fires = Fires(sae.d_sae, model.d_vocab)
     norms, tokens = [], 0
     rows = sorted((model.tokenize(text, most=model.context) for text in texts), key=len)
     for first in range(0, len(rows), 32):

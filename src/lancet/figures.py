@@ -1,7 +1,8 @@
-"""Pictures: the spectrum of a token and the score of a text."""
+"""Pictures: the spectrum of a token, the score of a text, a feature beside single neurons."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from lancet.files import whole_file
 
 if TYPE_CHECKING:
     from lancet.reading import Reading, Spot
+    from lancet.watch import Unit, Watch
 
 CJK_FONTS = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "Microsoft YaHei", "PingFang SC",
@@ -18,6 +20,7 @@ CJK_FONTS = (
 )  # fmt: skip
 INK, ACCENT, PAPER = "#1d2733", "#c8452d", "#fbfaf7"
 MOST_FEATURES = 24
+MOST_CONTEXTS = 8
 
 
 @cache
@@ -56,7 +59,7 @@ def spectrum(spot: Spot, path: Path, top: int = 15) -> Path:
     """
     plt = _pyplot()
     lits = spot.top(top, spot.reading.dense)
-    names = [f"#{lit.feature}  {lit.fires}".rstrip() for lit in lits]
+    names = [f"#{lit.feature}  {lit.name or lit.fires}".rstrip() for lit in lits]
     family, note = fonts_for(spot.text + "".join(names))
     with plt.rc_context({"font.family": family}):
         figure, axes = plt.subplots(figsize=(9, 1.4 + 0.36 * max(3, len(lits))), facecolor=PAPER)
@@ -98,7 +101,7 @@ def score(reading: Reading, path: Path, features: int = MOST_FEATURES) -> Path:
     lits.sort(key=lambda lit: lit.position)
     grid = np.array([[float(v) for v in reading.features.of_feature(lit.feature)[positions]] for lit in lits])
     pieces = [_plain(reading.tokens.piece(p)) for p in positions]
-    names = [f"{lit.fires}  #{lit.feature}".strip() for lit in lits]
+    names = [f"{lit.name or lit.fires}  #{lit.feature}".strip() for lit in lits]
     family, note = fonts_for("".join(pieces + names))
     with plt.rc_context({"font.family": family}):
         width = min(40.0, 3.8 + 0.42 * len(positions))
@@ -117,6 +120,74 @@ def score(reading: Reading, path: Path, features: int = MOST_FEATURES) -> Path:
         return _finish(figure, axes, path, note)
 
 
+def contrast(watch: Watch, path: Path) -> Path:
+    """A feature beside single neurons: scores of the sentences about it and of others, and where else each is strong.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
+    plt = _pyplot()
+    told = [f"{c.before}{c.token}{c.after}" for unit in watch.units for c in unit.contexts]
+    family, note = fonts_for("".join(told) + watch.about)
+    with plt.rc_context({"font.family": family}):
+        size = (5.2 * len(watch.units), 6.4)
+        figure, axes = plt.subplots(2, len(watch.units), figsize=size, facecolor=PAPER, squeeze=False)
+        figure.subplots_adjust(hspace=0.42, wspace=0.12, top=0.86)
+        for unit, upper, lower in zip(watch.units, *axes, strict=True):
+            _sentences(upper, watch, unit)
+            _elsewhere(lower, unit)
+        name = f" {watch.name}" if watch.name else ""
+        own, of_own, other, of_other = watch.fired
+        figure.suptitle(
+            f"#{watch.feature}{_plain(name)} fires in {own} of {of_own} sentences about {_plain(watch.about)} and in "
+            f"{other} of {of_other} others",
+            x=0.125, ha="left", fontsize=12, color=INK,
+        )  # fmt: skip
+        return _finish(figure, axes.ravel(), path, note)
+
+
+def _sentences(axes: Any, watch: Watch, unit: Unit) -> None:
+    """One dot a sentence, those about the context above the others."""
+    import numpy as np
+
+    scores, own = np.array(unit.scores), np.array([sighting.about for sighting in watch.sightings])
+    jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(scores))
+    axes.set_facecolor(PAPER)
+    for about, row, colour in ((True, 1, ACCENT), (False, 0, INK)):
+        axes.scatter(scores[own == about], row + jitter[own == about], s=22, color=colour, alpha=0.6, linewidths=0)
+    axes.axvline(unit.level, color=ACCENT, linewidth=0.8, linestyle=":")
+    axes.set_yticks([1, 0], ["about it", "others"], fontsize=9, color=INK)
+    axes.set_ylim(-0.6, 1.6)
+    axes.tick_params(length=0, labelsize=9, colors=INK)
+    axes.set_title(f"{unit.label}: AUROC {unit.auroc:.3f}", loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("strongest activation in the sentence", fontsize=9, color=INK)
+
+
+def _elsewhere(axes: Any, unit: Unit) -> None:
+    """Bars of the strongest other contexts, in units of the level that the sentences about it reach."""
+    axes.set_facecolor(PAPER)
+    axes.set_title(
+        f"elsewhere: {unit.reached} of {unit.of} neutral sentences reach it", loc="left", fontsize=10, color=INK
+    )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(MOST_CONTEXTS - 0.5, -0.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    most = max([unit.level, *(context.value for context in unit.contexts)])
+    for row, context in enumerate(unit.contexts[:MOST_CONTEXTS]):
+        share = max(0.0, context.value / most) if most > 0 else 0.0
+        colour = ACCENT if context.value >= unit.level else "#c9c6bb"
+        axes.barh(row + 0.34, share, height=0.12, color=colour)
+        before = _plain(context.before[-20:])
+        drawn = axes.text(0, row, f"{before}", fontsize=8, color="#8a8f98", va="center")
+        middle = axes.annotate(
+            _plain(context.token), xy=(1, 0), xycoords=drawn, fontsize=8, color=ACCENT, weight="bold", va="bottom"
+        )
+        axes.annotate(_plain(context.after[:20]), xy=(1, 0), xycoords=middle, fontsize=8, color="#8a8f98", va="bottom")
+    if not unit.contexts:
+        axes.text(0, 0, "nowhere", fontsize=9, color=INK)
+
+
 def _plain(text: str) -> str:
     """Line breaks made visible, and dollar signs kept from being read as formulas."""
     return text.replace("\n", "↵").replace("$", r"\$")
@@ -128,8 +199,9 @@ def _finish(figure: Any, axes: Any, path: Path, note: str) -> Path:
     from lancet.errors import UsageError
 
     plt = _pyplot()
-    for side in axes.spines.values():
-        side.set_visible(False)
+    for part in axes if isinstance(axes, Iterable) else [axes]:
+        for side in part.spines.values():
+            side.set_visible(False)
     if note:
         figure.text(0.01, 0.005, note, fontsize=7, color=ACCENT)
     known = figure.canvas.get_supported_filetypes()

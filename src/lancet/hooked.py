@@ -98,6 +98,11 @@ class HookedModel(Model):
         return self._embedding.new_zeros(1) if bias is None else bias.detach()
 
     def value_bias(self, layer: int, norm_bias: bool) -> Tensor | None:
+        """As `Model.value_bias`, of the weights as they are now.
+
+        Raises:
+            MismatchError: part of the bias went into other weights when the model was loaded.
+        """
         import torch
 
         block, own = self.lens.blocks[layer], self.processed
@@ -119,18 +124,22 @@ class HookedModel(Model):
         return bias.repeat_interleave(heads // len(bias), 0).flatten()
 
     def check_centring(self) -> None:
+        """As `Model.check_centring`."""
         if getattr(self.lens.cfg, "post_embedding_ln", False):
             raise UsageError(f"{self.name} norms its embeddings, and centred writing weights leave a mean there")
 
     def d_site(self, site: Site) -> int:
+        """As `Model.d_site`."""
         return self.lens.cfg.n_heads * self.lens.cfg.d_head if site.kind == "z" else self.d_model
 
     def parameters_below(self, site: Site) -> list[Tensor]:
+        """As `Model.parameters_below`."""
         return [self._embedding, *(p for block in self._blocks[: site.depth] for p in block.parameters())]
 
     # ---- sites -------------------------------------------------------------------------------------------------
 
     def check_site(self, site: Site) -> Site:
+        """As `Model.check_site`: the hook must exist."""
         if not 0 <= site.layer < self.n_layers:
             first, last = Site(0, site.kind), Site(self.n_layers - 1, site.kind)
             raise UsageError(
@@ -167,11 +176,13 @@ class HookedModel(Model):
     # ---- passes ------------------------------------------------------------------------------------------------
 
     def new_cache(self, rows: int) -> Any:
+        """A cache of TransformerLens' own."""
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         return TransformerLensKeyValueCache.init_cache(self.lens.cfg, self.device, rows)
 
     def repeated(self, cache: Any, rows: int) -> Any:
+        """As `Model.repeated`."""
         new = self.new_cache(rows)
         new.previous_attention_mask = cache.previous_attention_mask.expand(rows, -1)
         for mine, entry in zip(new.entries, cache.entries, strict=True):
@@ -212,6 +223,7 @@ class BridgeModel(HookedModel):
         return set(ends) if isinstance(ends, list) else {ends} - {None}  # type: ignore[return-value]
 
     def new_cache(self, rows: int) -> Any:
+        """As `Model.new_cache`."""
         from transformers import DynamicCache
 
         return DynamicCache(config=self.lens.original_model.config)

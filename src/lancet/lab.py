@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lancet import facts as facts_module
-from lancet.algebra import Direction, Expression, Ref, evaluate
+from lancet import naming
+from lancet.algebra import Call, Direction, Expression, Ref, evaluate
 from lancet.continuation import Comparison, Continuation
 from lancet.edit import Edit, RowChange, Step
 from lancet.errors import UnknownName, UsageError
 from lancet.generate import Sampling, rows
 from lancet.site import Site
+from lancet.span import Gate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,10 +28,15 @@ if TYPE_CHECKING:
 
     from lancet.effect import Effect
     from lancet.facts import Facts
+    from lancet.find import Found
+    from lancet.mix import Mix
     from lancet.model import Model
+    from lancet.projection import Projection
     from lancet.reading import Reading
     from lancet.sae import Sae
     from lancet.tokens import Tokens
+    from lancet.units import Amount
+    from lancet.watch import Watch
 
 Edits: TypeAlias = str | Edit | Sequence[str | Edit] | None
 Prompt: TypeAlias = "str | Sequence[dict[str, str]] | Tokens"
@@ -90,9 +97,9 @@ class Lab:
         self.model: Model = friends.model_of(model)
         held = list(saes) if isinstance(saes, (list, tuple)) else [saes]
         self.saes: list[Sae] = [friends.sae_of(sae, self.model, basis) for sae in held]
-        self.names: dict[str, Ref | Direction] = {}
         self._shipped = dict(facts or {})
         self._facts: dict[Site, Facts] = {}  # by site: two folders may bear one name
+        self._means: dict[tuple[Any, ...], Tensor] = {}  # mean differences of sentences
         sites = [sae.site for sae in self.saes]
         if len(set(sites)) < len(sites):
             raise UsageError(f"two SAEs at one site ({', '.join(map(str, sites))}); open them in separate labs")
@@ -138,13 +145,13 @@ class Lab:
         Raises:
             UnknownName, UsageError: there is no such feature.
         """
-        ref = Ref(index=which) if isinstance(which, int) else self._named(which)
+        ref = Ref(index=which) if isinstance(which, int) else self._named(Ref(name=which))
         if not isinstance(ref, Ref):
             raise UsageError(f"{which!r} is a direction ({ref.recipe}), not a single feature")
         owner = self.sae(ref.site or sae)
         index = owner.check_feature(ref.index)
         known = self.facts(owner)
-        name = which if isinstance(which, str) else next((n for n, r in self.names.items() if r == ref), "")
+        name = which if isinstance(which, str) and which[:1] != "#" else naming.load(owner).of_feature(index)
         return Feature(
             sae=owner.name,
             site=owner.site,
@@ -174,46 +181,77 @@ class Lab:
             return ""
         return words((self.model.decode([i]) for i in known.effect_ids[index].tolist()), count)
 
-    def name(self, name: str, target: int | str | Direction) -> None:
-        """Gives a feature, an expression or a Direction a name that edits may use.
+    @property
+    def names(self) -> dict[str, Ref | Direction]:
+        """The names that the user gave to features of the open SAEs, and what each stands for."""
+        return {
+            name: self._meaning(name, kept, sae)
+            for sae in reversed(self.saes)  # the first SAE's stand where several have one name
+            for name, kept in naming.load(sae).entries.items()
+        }
+
+    def name(self, name: str, target: int | str | Direction | Sequence[tuple[int, float]], force: bool = False) -> str:
+        """Gives a feature, a blend, an expression or a Direction a name that edits may use, here and in later sessions.
+
+        Args:
+            target: a feature's number; (feature, weight) pairs of the default SAE; an expression; a Direction.
+            force: give the name away where it stands for something else.
+
+        Returns:
+            what the name hides from now on (a concept of the SAE's card), in words; "" where it hides nothing.
 
         Raises:
-            UsageError: not a name (letters, digits and _), or the target does not exist.
+            UsageError: not a name (letters, digits and _), or taken; or the target does not exist.
         """
-        if not name.isidentifier():
-            raise UsageError(f"{name!r} is not a name; use letters, digits and _, beginning with a letter")
-        if isinstance(target, Direction):
-            self.names[name] = target
-        else:
-            from lancet.grammar import parse_expression
+        naming.check_name(name)
+        owner, kept = naming.kept_of(self, target)
+        naming.give(owner, name, kept, force)
+        hidden = self.concepts().get(naming.normal(name))
+        if hidden is None:
+            return ""
+        blend = hidden[1].get("blend")
+        meant = f"a blend of {len(blend)} features" if blend else f"#{hidden[1]['feature']}"
+        return f"{name} was a concept of the SAE's card, {meant}"
 
-            found = self._target(Ref(index=target) if isinstance(target, int) else parse_expression(target))
-            if isinstance(found, Ref):
-                self.sae(found.site).check_feature(found.index)
-            self.names[name] = found
+    def forget(self, name: str) -> str:
+        """Takes a name away, and returns what it stood for.
 
-    def _named(self, name: str) -> Ref | Direction:
-        if name.startswith("#") and name[1:].isdigit():
-            return Ref(index=int(name[1:]))
-        if name in self.names:
-            return self.names[name]
-        known: dict[str, Any] = {}
+        Raises:
+            UnknownName: no open SAE has it.
+        """
         for sae in self.saes:
+            if naming.normal(name) in naming.load(sae).entries:
+                return str(naming.remove(sae, name))
+        raise UnknownName("name", name, self.names, "`lancet name --list` shows yours")
+
+    def concepts(self, saes: Sequence[Sae] = ()) -> dict[str, tuple[Sae, dict[str, Any]]]:
+        """The concepts of the SAEs' cards (of all open SAEs where none is given), whose names are names too.
+
+        Returns:
+            concept -> the SAE, the first that has it, and the entry of `Facts.concepts`.
+        """
+        known: dict[str, tuple[Sae, dict[str, Any]]] = {}
+        for sae in reversed(saes or self.saes):
             if self._shipped.get(sae.site) is None and sae.site not in self._facts:
                 continue  # measured facts have no concepts: nothing need be measured to tell a mistyped name
             known |= {concept: (sae, entry) for concept, entry in self.facts(sae).concepts.items()}
-        if name not in known:
-            raise UnknownName("feature name", name, [*self.names, *known], "or give its number, such as #12")
-        sae, entry = known[name]
-        blend = entry.get("blend")
-        if blend:
-            total: Direction | None = None
-            for index, weight in blend:
-                part = self._row(sae, index) * weight
-                total = part if total is None else total + part
-            assert total is not None
-            return Direction(total.site, total.vector, name)
-        return Ref(index=entry["feature"], site=sae.site)
+        return known
+
+    def _named(self, ref: Ref) -> Ref | Direction:
+        if ref.name[:1] == "#" and ref.name[1:].isdigit():
+            return Ref(index=int(ref.name[1:]))
+        sae, kept = naming.find(self, ref)
+        return self._meaning(ref.name, kept, sae)
+
+    def _meaning(self, name: str, kept: naming.Kept, sae: Sae) -> Ref | Direction:
+        if kept.feature is not None:
+            return Ref(index=kept.feature, site=sae.site)
+        if kept.vector:
+            import torch
+
+            return Direction(sae.writes, torch.tensor(kept.vector, device=sae.b_dec.device), name)
+        found = self.direction(kept.expressed, sae)
+        return Direction(found.site, found.vector, name)
 
     def _row(self, sae: Sae, index: int) -> Direction:
         import torch
@@ -222,8 +260,11 @@ class Lab:
         several = len(self.saes) > 1
         return Direction(sae.writes, vector, f"{sae.site if several else ''}#{index}")
 
-    def direction(self, expression: str | Expression | Direction) -> Direction:
+    def direction(self, expression: str | Expression | Direction, sae: Sae | None = None) -> Direction:
         """The Direction of an expression such as `love - romance` or `0.6 * #12 + 0.4 * #77`.
+
+        Args:
+            sae: whose features bare numbers are; the default one's where none is given.
 
         Raises:
             UsageError, UnknownName: it cannot be read, or names something unknown.
@@ -235,11 +276,15 @@ class Lab:
 
             expression = parse_expression(expression)
 
-        def resolve(ref: Ref) -> Direction:
-            found = self._named(ref.name) if ref.name else ref
+        def resolve(part: Ref | Call) -> Direction:
+            if isinstance(part, Call):
+                from lancet.mix import mean_difference
+
+                return mean_difference(self, part, expression)
+            found = self._named(part) if part.name else part
             if isinstance(found, Direction):
                 return found
-            return self._row(self.sae(found.site), found.index)
+            return self._row(self.sae(found.site) if found.site else sae or self.sae(), found.index)
 
         return evaluate(expression, resolve)
 
@@ -280,7 +325,29 @@ class Lab:
         reading.top, reading.dense = top, dense
         lit = reading.features.feature.unique().tolist()
         reading.labels = {f: (self.fires(f, chosen), self.says(f, chosen)) for f in lit}
+        own = naming.load(chosen)
+        reading.names = {f: name for f in lit if (name := own.of_feature(f))}
         return reading
+
+    def read_direction(self, text: Prompt, direction: str | Direction) -> Projection:
+        """Reads how far each token reaches along a direction, as `read` does for features."""
+        from lancet.projection import project
+
+        return project(self, text, direction)
+
+    def mix(self, expression: str | Expression | Direction, **settings: Any) -> Mix:
+        """What the direction of an expression such as `love - romance` is; see `lancet.mix.mix`."""
+        from lancet.mix import mix
+
+        return mix(self, expression, **settings)
+
+    def watch(
+        self, feature: int | str, texts: Sequence[str] | None = None, others: Sequence[str] | None = None
+    ) -> Watch:
+        """One feature over many sentences, beside the single neurons that tell them apart; see `lancet.watch.watch`."""
+        from lancet.watch import watch
+
+        return watch(self, feature, texts, others)
 
     def effect(
         self, targets: int | str | Direction | Sequence[int | str | Direction], strength: float = 0.35, count: int = 20
@@ -327,37 +394,40 @@ class Lab:
         """
         steps = []
         for edit in map(Edit.parse, _listed(edits)):
-            target: tuple[Sae, int] | Direction
-            found = self._target(edit.target)
-            if isinstance(found, Direction):
-                sae, target = None, found
-                size, maximum = found.norm, None
-                if size == 0:
-                    raise UsageError(f"{found.recipe} is the zero vector and points nowhere; choose other parts")
-                norm = self._norm(found.site) if edit.amount.unit == "rn" else None
-            else:
-                sae = self.sae(found.site)
-                target = (sae, sae.check_feature(found.index))
-                known = self.facts(sae) if edit.amount.unit != "raw" else None
-                size = float(self._row(sae, found.index).norm)
-                maximum = float(known.maximum[found.index]) if known else None
-                norm = known.norm if known else None
-                if norm and sae.normalises_tokens:  # there a unit of activation writes scale(x) * d
-                    size *= norm / sae.d_in**0.5
+            target, amount = self._ready(edit.target, edit.amount)
+            where = edit.span.where
             steps.append(
                 Step(
-                    site=sae.writes if sae else found.site,  # type: ignore[union-attr,arg-type]
+                    site=target.site if isinstance(target, Direction) else target[0].writes,
                     target=target,
                     operation=edit.operation,
-                    amount=edit.amount.raw(maximum, norm, size),
+                    amount=amount,
                     mask=edit.span.mask(prompt, length),
+                    gate=Gate(*self._ready(where.target, where.amount), where.above) if where else None,
                 )
             )
         return steps
 
+    def _ready(self, expression: Expression, amount: Amount) -> tuple[tuple[Sae, int] | Direction, float]:
+        """What an edit or a condition is about, and its amount as a raw one."""
+        found = self._target(expression)
+        if isinstance(found, Direction):
+            if found.norm == 0:
+                raise UsageError(f"{found.recipe} is the zero vector and points nowhere; choose other parts")
+            norm = self._norm(found.site) if amount.unit == "rn" else None
+            return found, amount.raw(None, norm, found.norm)
+        sae = self.sae(found.site)
+        index = sae.check_feature(found.index)
+        if amount.unit == "raw":
+            return (sae, index), amount.value
+        known, size = self.facts(sae), float(self._row(sae, index).norm)
+        if sae.normalises_tokens:  # there a unit of activation writes scale(x) * d
+            size *= known.norm / sae.d_in**0.5
+        return (sae, index), amount.raw(float(known.maximum[index]), known.norm, size)
+
     def _target(self, expression: Expression) -> Ref | Direction:
         if isinstance(expression, Ref):
-            return self._named(expression.name) if expression.name else expression
+            return self._named(expression) if expression.name else expression
         return self.direction(expression)
 
     def changes(self, edits: Edits, prompt: Tokens, length: int, keep_error: bool = True) -> dict[Site, RowChange]:
@@ -550,7 +620,7 @@ def open_lab(
         dtype: "auto", "float32", "bfloat16" or "float16".
         say: called with a line of text when something takes long; see `loading.open_model`.
         basis: "plain" or "centred", for SAEs of which nothing states it.
-        anyway: open SAEs that were trained on another model too.
+        anyway: open SAEs that were trained on another model, or that fail the self-test, too.
         sae_memory: "auto" (half of what is free) or a size such as "2GB" that the SAEs' matrices may take on a card. An
             SAE that takes more stays on the CPU, mapped, and only the rows and columns that are needed go over.
 
@@ -568,4 +638,11 @@ def open_lab(
         pairs.append(open_sae(opened, name, basis, anyway, say, left))
         if left is not None:
             left = max(0, left - pairs[-1][0].bytes_on(opened.device))
+    if not anyway:
+        from lancet import check
+
+        for chosen, facts in pairs:
+            if facts is None:  # those that ship with facts were tested with them
+                say(f"testing whether {chosen.name} belongs to {opened.name} (once)")
+                check.first(opened, chosen).refuse()
     return Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs})

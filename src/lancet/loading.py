@@ -290,8 +290,8 @@ def sae_from_parts(name: str, config: dict[str, Any], tensors: dict[str, Any], w
     site = site_of(metadata, "")
     if config.get("reshape_activations", "none") not in ("none", "hook_z" if site.kind == "z" else "none"):
         raise UsageError(
-            f"{where or name} reshapes its input ({config['reshape_activations']!r}) and reads {site}: only attention's "
-            f"z has heads to be joined; its config is not this SAE's"
+            f"{where} reshapes its input ({config['reshape_activations']!r}) and reads {site}: only attention's z has "
+            f"heads to be joined; its config is not this SAE's"
         )
     return Sae(name=name, site=site, writes=writes, **found)  # type: ignore[arg-type]
 

@@ -73,7 +73,7 @@ class Model(Texts):
 
     @property
     def d_vocab(self) -> int:
-        """How many logits it computes."""
+        """How many tokens it knows."""
         return self.arch.vocab_size
 
     @property

@@ -31,6 +31,7 @@ class Lit:
         position: the token where it is so.
         fires: the tokens that it fires on, over all the text that was measured ("" where it never fired there).
         says: what it makes the model say, strongest first ("" where that was not measured).
+        name: what the user calls it, "" where it has no name.
     """
 
     feature: int
@@ -39,6 +40,7 @@ class Lit:
     position: int
     fires: str = ""
     says: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Reading:
         norms: [tokens] length of the vector.
         facts: maxima, densities, effects.
         labels: feature -> (the tokens that it fires on, the words that it makes likelier), where measured.
+        names: feature -> what the user calls it.
         notes: precision and device, in words.
     """
 
@@ -95,6 +98,7 @@ class Reading:
     notes: list[str]
     top: int = 5
     dense: bool = False
+    names: dict[int, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Reading({self.sae.name!r}, {_short(self.tokens.text)!r}, {len(self.features.value)} active)"
@@ -167,12 +171,15 @@ class Reading:
                 stronger = feature not in best or abs(value) > abs(best[feature].value)  # AbsTopK's may be negative
                 if (dense or not self.is_dense(feature)) and stronger:
                     label = self.labels.get(feature, ("", ""))
-                    best[feature] = Lit(feature, value, float(self.shares[i]), position, *label)
+                    best[feature] = Lit(
+                        feature, value, float(self.shares[i]), position, *label, self.names.get(feature, "")
+                    )
         return sorted(best.values(), key=lambda lit: -abs(lit.value))[:count]
 
     def to_json(self) -> dict[str, Any]:
         """{"text", "sae", "site", "precision", "hidden_dense", "tokens": [{"position", "text", "lit",
-        "explained", "norm", "top": [{"feature", "value", "share", "fires", "says", "url"}]}]}; url only where the SAE has a public page."""
+        "explained", "norm", "top": [{"feature", "value", "share", "fires", "says", "name", "url"}]}]}; url
+        only where the SAE has a public page."""
         return {
             "text": self.tokens.text,
             "sae": self.sae.name,
@@ -193,6 +200,7 @@ class Reading:
                             "share": round(x.share, 4),
                             "fires": x.fires,
                             "says": x.says,
+                            "name": x.name,
                         }
                         | ({"url": f"{self.sae.page}/{x.feature}"} if self.sae.page else {})
                         for x in spot.top(self.top, self.dense)

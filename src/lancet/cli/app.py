@@ -30,7 +30,9 @@ SaeOption = Annotated[
 Basis = Annotated[
     str | None, typer.Option(help="plain or centred: how the SAE's model was loaded, where nothing states it.")
 ]
-Anyway = Annotated[bool, typer.Option("--anyway", help="Open an SAE that was trained on another model too.")]
+Anyway = Annotated[
+    bool, typer.Option("--anyway", help="Open an SAE that was trained on another model, or fails its self-test.")
+]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 SaeMemory = Annotated[
@@ -81,6 +83,9 @@ def read(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the score (or, with --at, the spectrum) to this file.")
     ] = None,
+    direction: Annotated[
+        str | None, typer.Option(help="Read this direction, such as 'love - romance', instead of features.")
+    ] = None,
     model: Model = None,
     sae: SaeOption = None,
     basis: Basis = None,
@@ -92,10 +97,15 @@ def read(
 ) -> None:
     """Which features fire on which token, and how much of the vector they explain."""
     from lancet.cli.opening import Choice
-    from lancet.cli.read import run
+    from lancet.cli.read import run, run_direction
 
     choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
-    run(given(text), at, top, dense, chat, plot, choice, json)
+    if direction is not None:
+        if at is not None or plot is not None:
+            raise UsageError("--direction tells every token in a table; leave --at and --plot out")
+        run_direction(given(text), direction, chat, choice, json)
+    else:
+        run(given(text), at, top, dense, chat, plot, choice, json)
 
 
 @app.command()
@@ -132,16 +142,177 @@ def steer(
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("lancet-demo"),
+def find(
+    words: Annotated[
+        str | None, typer.Argument(help="Words instead of sentences, such as 'golden gate bridge'.")
+    ] = None,
+    like: Annotated[list[str] | None, typer.Option(help="A sentence about the concept; give several.")] = None,
+    like_file: Annotated[Path | None, typer.Option(help="A file of such sentences, one a line.")] = None,
+    unlike: Annotated[list[str] | None, typer.Option(help="A sentence like them but for the concept.")] = None,
+    unlike_file: Annotated[Path | None, typer.Option(help="A file of such sentences, one a line.")] = None,
+    at: Annotated[str | None, typer.Option(help="Characters in every example at which the concept sits.")] = None,
+    top: Annotated[int, typer.Option(help="Features listed.")] = 10,
+    together: Annotated[int, typer.Option(help="How many features detect it as one.")] = 4,
+    blend: Annotated[int, typer.Option(help="The most features of the blend that causes it.")] = 10,
+    causes: Annotated[bool, typer.Option("--causes/--no-causes", help="Measure what the features cause.")] = True,
+    model: Model = None,
+    sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
-    """The whole story on the embedded model: read the bridge, prove its feature, force it on."""
-    from lancet.cli.demo import run
+    """Which features are the concept: those that detect it, those that make the model say it."""
+    from lancet.cli.find import run
+    from lancet.cli.opening import Choice
 
-    run(out, device, dtype, json)
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype)
+    files = (like_file, unlike_file)
+    run(words, like or [], unlike or [], files, at, top, together, blend, causes, choice, json)
+
+
+@app.command()
+def watch(
+    feature: Annotated[str, typer.Argument(help="A feature's number or name.")],
+    file: Annotated[
+        Path | None, typer.Option(help="Sentences about what it is for, one a line; else bundled ones are found.")
+    ] = None,
+    others: Annotated[Path | None, typer.Option(help="Sentences that are not, one a line; else bundled ones.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the feature beside the neurons to this file.")] = None,
+    model: Model = None,
+    sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
+    json: Json = False,
+) -> None:
+    """One feature over many sentences, beside the single neurons that tell the same sentences apart best."""
+    from lancet.cli.opening import Choice
+    from lancet.cli.watch import run
+
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
+    run(feature, file, others, plot, choice, json)
+
+
+@app.command()
+def name(
+    target: Annotated[
+        str | None, typer.Argument(help="A feature's number or an expression; or a name, to see what it stands for.")
+    ] = None,
+    called: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The name that it is to have.")] = None,
+    listing: Annotated[bool, typer.Option("--list", help="All names, yours and those of the SAE's card.")] = False,
+    remove: Annotated[str | None, typer.Option(metavar="NAME", help="Take this name away.")] = None,
+    export: Annotated[Path | None, typer.Option(metavar="FILE", help="Write your names to a JSON file.")] = None,
+    take_in: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="Take in names that --export wrote.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Give a name away that stands for something else.")] = False,
+    model: Model = None,
+    sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
+    json: Json = False,
+) -> None:
+    """Give a feature, a blend or an expression a name, kept with its SAE and usable wherever a feature is."""
+    from lancet.cli.name import Asked, run
+    from lancet.cli.opening import Choice
+
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
+    run(target, called, Asked(listing, remove, export, take_in), force, choice, json)
+
+
+@app.command()
+def mix(
+    expression: Annotated[str, typer.Argument(help="Such as 'love - romance' or 'unit(#12) - 0.5 * #77'.")],
+    near: Annotated[int, typer.Option(help="Nearest features listed.")] = 8,
+    strength: Annotated[float, typer.Option(help="At which its effect is measured, of the typical norm.")] = 0.35,
+    model: Model = None,
+    sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
+    json: Json = False,
+) -> None:
+    """What a direction made of features or sentences is: its length, its neighbours, its effect, its parts."""
+    from lancet.cli.mix import run
+    from lancet.cli.opening import Choice
+
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
+    run(expression, near, strength, choice, json)
+
+
+@app.command()
+def chat(
+    edit: Annotated[list[str] | None, typer.Option(help="An edit, such as 'refusal = 0 @ assistant'.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system turn to begin with.")] = None,
+    tokens: Annotated[int, typer.Option(help="The most new tokens of an answer.")] = 200,
+    plain: Annotated[bool, typer.Option("--plain", help="Also ask the unedited model.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.1,
+    seed: Annotated[int, typer.Option(help="Same seed, same draws.")] = 0,
+    model: Model = None,
+    sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """A conversation with the edited model, in the terminal or from lines of a pipe."""
+    from lancet.cli.chat import run
+    from lancet.cli.opening import Choice
+    from lancet.generate import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype)
+    run(edit or [], system, tokens, plain, sampling, choice, json)
+
+
+@app.command()
+def check(
+    file: Annotated[Path | None, typer.Option(help="Texts to measure on, one a line; left out, bundled ones.")] = None,
+    model: Model = None,
+    sae: SaeOption = None,
+    basis: Basis = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Does this SAE belong to this model, at this place, in this basis, and is the model fed as it was trained?"""
+    from lancet.cli.check import run
+    from lancet.cli.opening import Choice
+
+    run(file, Choice(model, tuple(sae or ()), basis, True, device, dtype), json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("lancet-demo"),
+    model: Annotated[
+        str, typer.Option(help="As elsewhere; gpt2-small tells the manual's story on its own pair.")
+    ] = "smollm2",
+    sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """The whole story: read the bridge, find its feature and prove it, force it on."""
+    from lancet.cli.demo import run
+    from lancet.cli.opening import Choice
+
+    run(out, Choice(model, tuple(sae or ()), basis, anyway, device, dtype), json)
 
 
 @app.command()
@@ -179,12 +350,13 @@ def get(name: Annotated[str, typer.Argument(help="smollm2, a model as for --mode
     run(name)
 
 
-cache = typer.Typer(help="What is kept on disk, with sizes; `prune` deletes of it.", invoke_without_command=True)
+cache = typer.Typer(invoke_without_command=True)
 app.add_typer(cache, name="cache")
 
 
 @cache.callback()
 def cache_root(context: typer.Context, json: Json = False) -> None:
+    """What is kept on disk, with sizes; `prune` deletes of it."""
     if context.invoked_subcommand is None:
         from lancet.cli.cache import run
 

@@ -27,6 +27,7 @@ def run(json: bool) -> None:
 
 
 def prune(names: Sequence[str], everything: bool, yes: bool, json: bool) -> None:
+    """Shows what was named, then deletes it."""
     from lancet import keeping
     from lancet.errors import UsageError
 

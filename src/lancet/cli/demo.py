@@ -1,4 +1,8 @@
-"""`lancet demo`: the whole story on the embedded model. Which feature is the bridge comes from the SAE's own table."""
+"""`lancet demo`: the whole story, on the embedded model or any other pair.
+
+Which feature is the bridge, what makes the model say it and how strong that must be come from the SAE's own table where
+it has one, and are found on the spot where it has none; nothing is a literal.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from lancet.cli.read import recipe
 from lancet.cli.steer import side_by_side
 
 if TYPE_CHECKING:
+    from lancet.cli.opening import Choice
     from lancet.lab import Lab
 
 CONCEPT = "golden_gate_bridge"
@@ -27,31 +32,46 @@ OTHERS = (
     "London has many parks, and most of them are free.",
 )
 PROMPT = "I went to the grocery store to buy"
+EXAMPLES = (
+    "The Golden Gate Bridge was hidden in fog when our ferry passed.",
+    "We walked across the Golden Gate Bridge and took pictures of the bay.",
+    "From the hill you can see both towers of the Golden Gate Bridge.",
+    "Painters work on the red steel of the Golden Gate Bridge all year.",
+    "Our bus crossed the Golden Gate Bridge on the way to Sausalito.",
+    "At sunset the Golden Gate Bridge glowed above the water.",
+)
+UNKNOWN_DOSE = 0.5  # rn, where no dose was measured
 STRENGTHS = (0.6, 1.0, 1.3)  # of the dose that the model card recommends
 SEEDS = (1, 2)
 
 
-def run(out: Path, device: str, dtype: str, json: bool) -> None:
-    from lancet.errors import LancetError
-    from lancet.lab import open_lab
-
-    with show.working("opening smollm2"):
-        lab = open_lab("smollm2", None, device, dtype, show.say)
-    entry = lab.facts().concepts.get(CONCEPT)
-    if entry is None:
-        raise LancetError(f"the SAE's table has no concept {CONCEPT}; install the package again")
+def run(out: Path, choice: Choice, json: bool) -> None:
+    lab = choice.open()
     out.mkdir(parents=True, exist_ok=True)
-    told = {
-        "read": _read(lab, out, json),
-        "fires": _fires(lab, entry["feature"], json),
-        "steer": _steer(lab, entry, json),
-    }
+    told: dict[str, Any] = {"read": _read(lab, out, json)}
+    entry = lab.facts().concepts.get(CONCEPT) or _found(lab, told, json)
+    told |= {"fires": _fires(lab, entry["feature"], json), "steer": _steer(lab, entry, json)}
     if json:
         show.as_json(told)
     else:
         show.line(
-            f'\nThe pictures are in {out.resolve()}. Next: lancet read "your own text", lancet doctor, lancet --help'
+            f'\nThe pictures are in {out.resolve()}. Next: lancet read "your own text", lancet find, lancet --help'
         )
+
+
+def _found(lab: Lab, told: dict[str, Any], json: bool) -> dict[str, Any]:
+    """The bridge's entry for a pair without a table: its detector, and the blend that causes it, under its name."""
+    from lancet.cli import find as listed
+
+    with show.working("finding the bridge in six sentences"):
+        found = lab.find(EXAMPLES, at="Bridge", top=5)
+    told["find"] = found.to_json()
+    if not json:
+        show.heading("The bridge's features, found in six sentences about it")
+        listed.table(found)
+    best = found.candidates[0]
+    lab.name(CONCEPT, found.blend if found.blend is not None else best.feature)
+    return {"feature": best.feature, "blend": list(found.parts), "dose_rn": UNKNOWN_DOSE}
 
 
 def _read(lab: Lab, out: Path, json: bool) -> dict[str, Any]:

@@ -45,6 +45,42 @@ def run(
         show.as_json(found[0] if len(found) == 1 else found)
 
 
+def run_direction(text: str, direction: str, chat: bool, choice: Choice, json: bool) -> None:
+    """How far each token reaches along a direction."""
+    from lancet.grammar import parse_expression
+
+    parse_expression(direction)  # a typo is told before a model is opened
+    lab = choice.open()
+    with show.working("reading"):
+        found = lab.read_direction([{"role": "user", "content": text}] if chat else text, direction)
+    told = found.to_json()
+    if json:
+        show.as_json(told)
+        return
+    most = max(4.0, *(abs(token["standing"]) for token in told["tokens"]))
+    rows = [
+        [
+            token["position"],
+            show.visible(token["text"]),
+            f"{token['projection']:+.2f}",
+            f"{token['standing']:+.1f}",
+            show.bar(token["standing"], most),
+        ]
+        for token in told["tokens"]
+    ]
+    show.table(
+        ["position", "token", "along it", "deviations", ""],
+        rows,
+        right=["position", "along it", "deviations"],
+        title=f"{told['direction']} at {told['site']}",
+    )
+    show.say(
+        f"deviations from neutral text, which lies at {told['neutral']['mean']:+.2f} and spreads by "
+        f"{told['neutral']['deviation']:.2f} along it"
+    )
+    show.say("; ".join(lab.model.notes))
+
+
 def numbered(plot: Path, readings: list[Reading], reading: Reading) -> Path:
     """The picture's file; with several SAEs the site is part of its name."""
     return plot if len(readings) == 1 else plot.with_stem(f"{plot.stem}-{reading.sae.site}")
@@ -74,7 +110,14 @@ def recipe(spot: Spot, top: int, dense: bool) -> None:
     most = max((lit.value for lit in lits), default=1.0)
     page = spot.reading.sae.page
     rows = [
-        [f"#{lit.feature}", f"{lit.value:.1f}", show.bar(lit.value, most), f"{lit.share:.1%}", lit.fires, lit.says]
+        [
+            f"#{lit.feature} {lit.name}".rstrip(),
+            f"{lit.value:.1f}",
+            show.bar(lit.value, most),
+            f"{lit.share:.1%}",
+            lit.fires,
+            lit.says,
+        ]
         + ([f"{page}/{lit.feature}"] if page else [])
         for lit in lits
     ]
@@ -83,8 +126,8 @@ def recipe(spot: Spot, top: int, dense: bool) -> None:
 
 
 def told(lit: Lit) -> str:
-    """One feature in few characters: number, activation, what it fires on."""
-    return f"#{lit.feature} {lit.value:.1f}" + (f" {lit.fires}" if lit.fires else "")
+    """One feature in few characters: number, activation, the user's name for it or what it fires on."""
+    return f"#{lit.feature} {lit.value:.1f} {lit.name or lit.fires}".rstrip()
 
 
 def remarks(reading: Reading) -> None:
