@@ -16,6 +16,8 @@ SUBJECTS = {
     "read": "reading a prompt against the tutorial's way",
     "cold": "whole processes, from the shell and back",
     "effect": "the effect lens over all features",
+    "find": "finding a concept against reading its sentences",
+    "dose": "a dose sweep in batches against one row after another",
     "memory": "what opening and reading takes",
     "million": "reading with a million features",
 }

@@ -41,7 +41,7 @@ def run(settings: Settings) -> Iterator[Figure]:
     remark("lancet read on GPT-2's shape")
     pairs.gpt2(settings)  # so that its facts are in place
     model, sae = map(str, pairs.gpt2_folders(settings))
-    options = ["--model", model, "--sae", sae, "--device", "cpu", "--dtype", "float32"]
+    options = ["--model", model, "--sae", sae, "--device", "cpu", "--dtype", "float32", "--anyway"]
     ours = process([lancet, "read", pairs.PROMPT, *options], LANCET_CACHE=str(pairs.cache(settings)))
     theirs = process([PYTHON, "-m", "benchmarks.tutorial", model, sae, pairs.PROMPT])
     taken = in_turns({"lancet read": ours, "tutorial": theirs}, settings.repeats)

@@ -1,6 +1,7 @@
 """What a fresh process takes that opens the embedded pair and reads one sentence, as Linux counts it.
 
-`python -m benchmarks.memory DTYPE [SAE_FOLDER]` is that process. Anonymous memory is what the process made for itself;
+`python -m benchmarks.memory DTYPE [SAE_FOLDER]` is that process; with MODEL_FOLDER as a third argument it opens that
+pair instead, watched while it does. Anonymous memory is what the process made for itself;
 the rest of the resident set is files mapped, weights above all, which the system can drop and share.
 """
 
@@ -16,6 +17,8 @@ from statistics import median
 from benchmarks import pairs
 from benchmarks.measure import Figure, Settings, process, remark
 
+BEYOND = 300  # MB that opening may take beside the weights
+
 
 def run(settings: Settings) -> Iterator[Figure]:
     if not Path("/proc/self/smaps_rollup").is_file():
@@ -30,6 +33,20 @@ def run(settings: Settings) -> Iterator[Figure]:
             samples = [one[what] for one in told]
             name = f"smollm2, {pairs.smollm2_named(settings)}, {dtype}: {what}"
             yield Figure(name, median(samples), "MB", samples={what: samples})
+    yield from opening(settings)
+
+
+def opening(settings: Settings) -> Iterator[Figure]:
+    """What opening GPT-2 Small's shape and its SAE takes beside the weights: no second copy of either."""
+    model, sae = map(str, pairs.gpt2_folders(settings))
+    for dtype in ("float32", "bfloat16"):
+        remark(f"GPT-2 Small's shape, {dtype}")
+        child = process([sys.executable, "-m", "benchmarks.memory", dtype, sae, model])
+        told = [json.loads(child()) for _ in range(settings.repeats)]
+        for what, bar in (("peak anonymous beyond the weights", BEYOND), ("peak resident, mapped files and all", None)):
+            samples = [one[what] for one in told]
+            name = f"opening GPT-2 Small's shape with its SAE, {dtype}: {what}"
+            yield Figure(name, median(samples), "MB", bar, samples={what: samples})
 
 
 def mapped() -> dict[str, float]:
@@ -41,6 +58,42 @@ def mapped() -> dict[str, float]:
     kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
     names = {"resident": "Rss", "anonymous": "Anonymous", "peak resident": "VmHWM"}
     return {name: int(kilobytes[key]) * 1024 / 1e6 for name, key in names.items()}
+
+
+def watched(dtype: str, sae: str, model: str) -> None:
+    """Opens a pair, looking at its own memory a thousand times a second, and prints the figures as JSON."""
+    import threading
+
+    import interp_engine.arch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+    import lancet.reading
+    import lancet.sae
+    from lancet.loading import open_model, open_sae
+
+    before, peak, done = mapped(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    opened = open_model(model, "cpu", dtype)
+    held, _ = open_sae(opened, sae, basis="centred")
+    done.set()
+    thread.join()
+    weights = sum(parameter.nbytes for parameter in opened.hf.parameters()) / 1e6
+    weights += sum(tensor.nbytes for _, tensor in held.tensors()) / 1e6
+    after = mapped()
+    beyond = {"peak anonymous beyond the weights": peak[0] - before["anonymous"] - weights}
+    print(json.dumps(beyond | {"peak resident, mapped files and all": after["peak resident"], "weights": weights}))
+
+
+def anonymous() -> float:
+    """Anonymous memory of this process now, in MB: one small file, read in microseconds."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("RssAnon:")[1].split()[0]) * 1024 / 1e6
 
 
 def child(dtype: str, sae: str | None = None) -> None:
@@ -64,4 +117,4 @@ def child(dtype: str, sae: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    child(*sys.argv[1:])
+    (watched if len(sys.argv) == 4 else child)(*sys.argv[1:])

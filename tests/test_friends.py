@@ -220,7 +220,8 @@ def test_every_site_edited_as_sae_lens_edits_inside_transformer_lens(
         theirs = theirs_of(random_sae(width, 48, architecture, site=site), tmp_path / str(site))  # type: ignore[arg-type]
         for model in (held, (family(name).hf, tokenizer)):
             lab = lancet.Lab(model, theirs, basis="plain")
-            feature = int(lab.read(TEXT).features.feature[0])
+            x = lab.model.values(lab.model.batch([lab.tokenize(TEXT)]), [site])[site][0, 1:]
+            feature = int(lab.saes[0].features(x).feature[0])
             ours = lab.logits(TEXT, f"#{feature} {operation}")
 
             def steer(x: Tensor, hook: Any, theirs: Any = theirs, feature: int = feature) -> Tensor:

@@ -16,7 +16,7 @@ ROOT = Path(lancet.__file__).parent
 FILES = sorted(file for file in ROOT.rglob("*.py") if "assets" not in file.parts)
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
 LAYERS = [  # docs/architecture.md; a module imports only from its own layer and from those above
-    {"errors", "files", "units"},
+    {"errors", "files", "telling", "units"},
     {"names", "catalogue", "hub", "convert", "published", "machine"},
     {"pairing", "settings", "keeping", "hooks", "norms", "anatomy", "tokens", "basis", "hooked", "friends", "precision"}
     | {
@@ -32,9 +32,15 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
         "model",
         "processor",
         "loading",
+        "passes",
+        "prompts",
+        "intervals",
     },
-    {"algebra", "edit", "grammar"},
-    {"facts", "reading", "generate", "continuation", "effect", "lab"},
+    {"algebra", "edit", "grammar", "span", "doses", "namefile", "naming"},
+    {"facts", "reading", "generate", "continuation", "effect", "forced", "controls", "cut", "ablate", "lab"}
+    | {"check", "checkup", "feeding", "splice"}
+    | {"sweep", "saying", "baselines", "fit", "ways", "dose", "dosing"}
+    | {"projection", "mix", "neurons", "about", "watch"},
     {"figures"},
     {"cli"},
 ]

@@ -55,10 +55,18 @@ def bundled(lab: Lab, sae: Sae, feature: int, others: Sequence[str] | None, note
         UsageError: the feature fires in none of the bundled sentences.
     """
     name = _concept(lab, sae, feature, notes)
-    own = tuple(text for concept, text in bench.sentences("heldout", OWN, seed=1) if concept == name)
+    own = _own(name)
     beside = tuple(text for concept, text in bench.sentences("heldout", BESIDE, seed=2) if concept != name)
     words = bench.concepts()[name].keywords
     return Sentences(name, own, beside if others is None else _some(others), _without(words), words)
+
+
+def _own(name: str) -> tuple[str, ...]:
+    """OWN sentences of a concept, no template twice: held-out ones first, then some that no search looked at."""
+    concept = bench.concepts()[name]
+    held = [text for c, text in bench.sentences("heldout", len(concept.part("heldout")), seed=1) if c == name][:OWN]
+    more = [text for c, text in bench.sentences("train", SEARCHED + OWN, seed=0) if c == name][SEARCHED:]
+    return tuple((held + more)[:OWN])
 
 
 def given(texts: Sequence[str], others: Sequence[str] | None) -> Sentences:

@@ -163,6 +163,9 @@ class Direction:
         """Its length."""
         return float(self.vector.norm())
 
+    def __str__(self) -> str:
+        return self.recipe
+
     def unit(self) -> Direction:
         """The same direction with length 1.
 

@@ -1,18 +1,23 @@
 """What features do on neutral text: what a finder holds examples against.
 
-For every feature the maxima and means over neutral sentences and the activations of single tokens, sorted, so that the
-question "how rarely does neutral text reach this value" is a search. Measured once for a pair and kept.
+For every feature the maxima and means over neutral sentences and the activations of single tokens. Measured once for a
+pair and kept. All that is compared are sizes: an AbsTopK feature that fires at -5 fires as strongly as one at 5.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lancet import passes
+from lancet.errors import DamagedError, LancetError
 from lancet.files import cache_dir, check_safetensors, whole_file
+from lancet.tails import Sorted
+from lancet.telling import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +28,9 @@ if TYPE_CHECKING:
 
 SENTENCES = 1500  # about 30,000 tokens
 TOKENS = 128  # of one sentence, the start token counted
-BATCH = 32
+AT_ONCE = 256  # sentences whose single activations are held with all that is known of them
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_PARTS = ("maximum", "mean", "token")
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,11 @@ class Sentences:
 
     Attributes:
         count: how many texts.
-        text, feature: [entries]; maximum, mean: [entries] over the text's tokens, start token left out.
+        text, feature: [entries], sorted by text, then by feature; maximum, mean: [entries] of the sizes of activations
+            over the text's tokens, start token left out.
         lengths: [count] tokens.
         values: [count, d_in] mean value at the site.
-        token_text, token_position, token_feature, token_value: [active] every single activation.
+        token_text, token_position, token_feature, token_value: [active] every single activation, with its sign.
     """
 
     count: int
@@ -67,105 +74,30 @@ def statistics(model: Model, sae: Sae, rows: Sequence[Tokens]) -> Sentences:
     """The statistics of tokenised texts, computed in batches of texts of like length."""
     import torch
 
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     lengths, values = torch.zeros(len(rows)), torch.zeros(len(rows), sae.d_in)
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for first in range(0, len(order), BATCH):
-        which = torch.tensor(order[first : first + BATCH])
-        batch = model.batch([rows[i] for i in which.tolist()])
-        x = model.values(batch, [sae.site])[sae.site]
-        keep = batch.content
-        count = keep.sum(1).cpu()
-        lengths[which] = count.float()
-        values[which] = ((x.float() * keep[..., None]).sum(1).cpu()) / count[:, None].clamp_min(1)
-        row, position = keep.nonzero(as_tuple=True)
-        begin = 0
-        for features in sae.features_of(x, keep):
-            token = features.token + begin
-            begin += features.shape[0]
-            parts.append(
-                (which[row[token].cpu()], position[token].cpu(), features.feature.cpu(), features.value.abs().cpu())
-            )
-    text, position, feature, value = (torch.cat(part) for part in zip(*parts, strict=True))
-    key, inverse = (text * sae.d_sae + feature).unique(return_inverse=True)
-    maximum = torch.zeros(len(key)).scatter_reduce_(0, inverse, value, "amax")
-    mean = torch.zeros(len(key)).index_add_(0, inverse, value) / lengths[key // sae.d_sae].clamp_min(1)
-    return Sentences(
-        len(rows), key // sae.d_sae, key % sae.d_sae, maximum, mean, lengths, values, text, position, feature, value
-    )
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """Values of features over a population in which most are zero, sorted within each feature.
-
-    Attributes:
-        begin: [d_sae + 1] where each feature's values begin; value: [entries] ascending within a feature.
-        member: [entries] whose value it is.
-        population: of how many values each feature's would be one, zeros included.
-    """
-
-    begin: Tensor
-    value: Tensor
-    member: Tensor
-    population: int
-
-    @classmethod
-    def of(cls, feature: Tensor, value: Tensor, member: Tensor, d_sae: int, population: int) -> Sorted:
-        """Sorts entries."""
-        import torch
-
-        order = value.argsort(stable=True)
-        order = order[feature[order].argsort(stable=True)]
-        begin = torch.searchsorted(feature[order], torch.arange(d_sae + 1))
-        return cls(begin, value[order].contiguous(), member[order].int(), population)
-
-    def joined(self, feature: Tensor, value: Tensor, member: Tensor, population: int) -> Sorted:
-        """The same with more members."""
-        import torch
-
-        d_sae = len(self.begin) - 1
-        own = torch.repeat_interleave(torch.arange(d_sae), self.begin.diff())
-        members = torch.cat([self.member, member.int() + self.population])
-        both = torch.cat([own, feature]), torch.cat([self.value, value])
-        return Sorted.of(*both, members, d_sae, self.population + population)
-
-    def dense(self, features: Tensor) -> Tensor:
-        """[population, m] the values of some features."""
-        import torch
-
-        out = torch.zeros(self.population, len(features))
-        for column, feature in enumerate(features.tolist()):
-            part = slice(int(self.begin[feature]), int(self.begin[feature + 1]))
-            out[self.member[part].long(), column] = self.value[part]
-        return out
-
-    def at_least(self, feature: Tensor, value: Tensor, above: bool = False) -> Tensor:
-        """[n] how many members reach (or, `above`, exceed) each feature's value."""
-        import torch
-
-        top = float(self.value.max()) * 1.001 + 1e-6 if len(self.value) else 1.0
-        own = torch.repeat_interleave(torch.arange(len(self.begin) - 1), self.begin.diff())
-        key = own.double() + self.value.double() / top
-        asked = feature.double() + value.double().clamp(0, top * 0.9999) / top
-        under = torch.searchsorted(key, asked, right=above) - self.begin[feature]
-        count = self.begin[feature + 1] - self.begin[feature] - under
-        if above:
-            return torch.where(value < 0, self.population, count)
-        return torch.where(value <= 0, self.population, count)
-
-    def surprise(self, feature: Tensor, value: Tensor) -> Tensor:
-        """[n] -log of the empirical p-value of each feature's value: 0 where nothing fires."""
-        return -(((self.at_least(feature, value) + 1) / (self.population + 1)).log())
-
-    def auroc(self, scores: Tensor, features: Tensor) -> Tensor:
-        """[m] how well each feature separates positives, scores [n, m], from the members; ties counted half."""
-        n, m = scores.shape
-        which = features.repeat(n)
-        flat = scores.flatten()
-        reach, exceed = self.at_least(which, flat), self.at_least(which, flat, above=True)
-        below = (self.population - reach).double() + 0.5 * (reach - exceed).double()
-        return (below / self.population).view(n, m).mean(0).float()
+    active: list[tuple[Tensor, ...]] = []
+    summed: list[tuple[Tensor, ...]] = []
+    for piece in passes.through(model, sae, rows):
+        row_text, row_position = piece.text.cpu(), piece.position.cpu()
+        lengths.index_add_(0, row_text, torch.ones(len(row_text)))
+        values.index_add_(0, row_text, piece.values[sae.site].float().cpu())
+        token, feature, value = (
+            part.cpu() for part in (piece.features.token, piece.features.feature, piece.features.value)
+        )
+        text = row_text[token]
+        active.append((text, row_position[token], feature, value))
+        key, inverse = (text * sae.d_sae + feature).unique(return_inverse=True)
+        size = value.abs()
+        maximum = torch.zeros(len(key)).scatter_reduce_(0, inverse, size, "amax")
+        summed.append((key, maximum, torch.zeros(len(key)).index_add_(0, inverse, size)))
+    values /= lengths[:, None].clamp_min(1)
+    key, maximum, total = (torch.cat(part) for part in zip(*summed, strict=True))
+    ordered = key.argsort()
+    key, maximum, total = key[ordered], maximum[ordered], total[ordered]
+    text = key // sae.d_sae
+    mean = total / lengths[text].clamp_min(1)
+    singles = (torch.cat(part) for part in zip(*active, strict=True))
+    return Sentences(len(rows), text, key % sae.d_sae, maximum, mean, lengths, values, *singles)
 
 
 @dataclass(frozen=True)
@@ -174,7 +106,7 @@ class Background:
 
     Attributes:
         maximum, mean, token: over sentences and over single tokens.
-        activation: [d_sae] mean activation over tokens.
+        activation: [d_sae] mean activation over tokens, with its sign.
         seen: [vocab] in how many sentences each token id occurs.
         examples: [n, d_in] the sentences' mean values.
     """
@@ -192,9 +124,11 @@ class Background:
 
         tensors: dict[str, Any] = {"activation": self.activation, "seen": self.seen, "examples": self.examples}
         metadata = {}
-        for name in ("maximum", "mean", "token"):
+        for name in _PARTS:
             each: Sorted = getattr(self, name)
-            tensors |= {f"{name}.begin": each.begin, f"{name}.value": each.value, f"{name}.member": each.member}
+            tensors |= {f"{name}.begin": each.begin, f"{name}.value": each.value}
+            if each.member is not None:
+                tensors[f"{name}.member"] = each.member
             metadata[name] = str(each.population)
         with whole_file(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
@@ -213,8 +147,10 @@ class Background:
             metadata = file.metadata()
             get = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         parts = {
-            name: Sorted(get[f"{name}.begin"], get[f"{name}.value"], get[f"{name}.member"], int(metadata[name]))
-            for name in ("maximum", "mean", "token")
+            name: Sorted(
+                get[f"{name}.begin"], get[f"{name}.value"], int(metadata[name]), member=get.get(f"{name}.member")
+            )
+            for name in _PARTS
         }
         return cls(**parts, activation=get["activation"], seen=get["seen"], examples=get["examples"])
 
@@ -232,33 +168,76 @@ def neutral_sentences(count: int = SENTENCES) -> list[str]:
     return found[:count]
 
 
-def measure(model: Model, sae: Sae, texts: Sequence[str]) -> Background:
-    """The background of a pair on some sentences."""
+def measure(model: Model, sae: Sae, texts: Sequence[str], say: Callable[[str], None] = lambda line: None) -> Background:
+    """The background of a pair on some sentences: on the first of them, where all would take long.
+
+    What grows with the text is held at 12 bytes an active feature of a token, whatever the SAE's width.
+
+    Args:
+        say: told how far it is (`telling.counted`).
+    """
     import torch
 
     rows = [model.tokenize(text, most=min(model.context, TOKENS)) for text in texts]
-    found = statistics(model, sae, rows)
-    tokens = int(found.lengths.sum())
-    vocab = model.arch.vocab_size
-    seen = torch.zeros(vocab, dtype=torch.int32)
+    rows = passes.affordable(model, sae, rows)
+    activation, tokens, lit = torch.zeros(sae.d_sae), 0, 0
+    entries: list[tuple[Tensor, ...]] = []
+    singles: list[tuple[Tensor, Tensor]] = []
+    examples: list[Tensor] = []
+    with counted(say, "reading sentences", len(rows)) as told:
+        for first in range(0, len(rows), AT_ONCE):
+            if lit > passes.ENTRIES:  # no sparse code, and far more than a machine wants to hold
+                rows = rows[:first]
+                break
+            found = statistics(model, sae, rows[first : first + AT_ONCE])
+            activation.index_add_(0, found.token_feature, found.token_value)
+            tokens += int(found.lengths.sum())
+            lit += len(found.token_value)
+            entries.append((found.text + first, found.feature, found.maximum, found.mean))
+            singles.append((found.token_feature.int(), found.token_value.abs()))
+            examples.append(found.values)
+            told(first)
+    seen = torch.zeros(model.d_vocab, dtype=torch.int32)
     for row in rows:
         seen[torch.tensor(sorted(set(row.ids)))] += 1
-    activation = torch.zeros(sae.d_sae).index_add_(0, found.token_feature, found.token_value) / tokens
+    text, feature, maximum, mean = (torch.cat(part) for part in zip(*entries, strict=True))
+    token_feature, token_value = (torch.cat(part) for part in zip(*singles, strict=True))
     return Background(
-        Sorted.of(found.feature, found.maximum, found.text, sae.d_sae, found.count),
-        Sorted.of(found.feature, found.mean, found.text, sae.d_sae, found.count),
-        Sorted.of(found.token_feature, found.token_value, found.token_text, sae.d_sae, tokens),
-        activation,
+        Sorted.of(feature, maximum, sae.d_sae, len(rows), text),
+        Sorted.of(feature, mean, sae.d_sae, len(rows), text),
+        Sorted.of(token_feature, token_value, sae.d_sae, tokens),
+        activation / max(1, tokens),
         seen,
-        found.values,
+        torch.cat(examples),
     )
 
 
-def of(model: Model, sae: Sae) -> Background:
-    """The background of a pair, measured when first needed and kept in the cache."""
+def place(model: Model, sae: Sae) -> Path:
+    """Where the background of a pair is kept."""
     from lancet.facts import fingerprint
 
-    path = cache_dir() / "background" / f"{fingerprint(model, sae)}.safetensors"
-    if not path.is_file():
-        measure(model, sae, neutral_sentences()).save(path)
-    return Background.load(path)
+    return cache_dir() / "background" / f"{fingerprint(model, sae)}.safetensors"
+
+
+def of(model: Model, sae: Sae, say: Callable[[str], None] = lambda line: None) -> Background:
+    """The background of a pair, measured when first needed and kept in the cache.
+
+    A kept file that is damaged is measured anew, and a cache that cannot be written costs the same work again.
+
+    Args:
+        say: told before it is measured, how far it is, and when it was measured on less than all sentences.
+    """
+    path = place(model, sae)
+    if path.is_file():
+        try:
+            return Background.load(path)
+        except DamagedError:
+            path.unlink()
+    sentences = neutral_sentences()
+    say(f"reading {len(sentences):,} neutral sentences with {sae.name}, to hold examples against (once)")
+    found = measure(model, sae, sentences, say)
+    if (read := found.maximum.population) < len(sentences):
+        say(f"read {read:,} of them, as many as some minutes of this machine allow with {sae.d_sae:,} features")
+    with suppress(LancetError):
+        found.save(path)
+    return found

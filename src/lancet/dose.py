@@ -68,6 +68,12 @@ class Row:
     texts: tuple[Text, ...] = field(default=(), repr=False)
 
     @property
+    def sign(self) -> str:
+        """The operation, as edits write it: `+=` or `=`; "" where nothing is edited."""
+        before, _, _ = self.edit.rpartition(f" {self.amount}") if self.amount else ("", "", "")
+        return before.rpartition(" ")[2]
+
+    @property
     def rate(self) -> Interval:
         """The first detector's."""
         return next(iter(self.said.values()))
@@ -102,9 +108,7 @@ def score(rate: float, extra: float, repeats: float, limits: Limits) -> float:
     return intervals.harmonic([rate, fluency, 1 - repeats])
 
 
-def measured(
-    way: str, edit: str, amount: str, texts: Sequence[Text], plain: Sequence[Text], limits: Limits
-) -> Row:
+def measured(way: str, edit: str, amount: str, texts: Sequence[Text], plain: Sequence[Text], limits: Limits) -> Row:
     """A row of the table out of the texts of one strength.
 
     Args:
@@ -206,6 +210,24 @@ class Dose:
             ]
         )
 
+    @property
+    def unit(self) -> str:
+        """What the curve is drawn in: the unit of the recommended amount, else of the first."""
+        from lancet.units import Amount
+
+        row = self.chosen or next((row for row in self.calibration if row.amount), None)
+        return Amount.parse(row.amount).unit if row and row.amount else "raw"
+
+    def curves(self) -> list[tuple[str, list[tuple[float, Row]]]]:
+        """(way and operation, [(strength, row)]) for each sweep of two or more strengths in `unit`, by strength."""
+        from lancet.units import Amount
+
+        found: dict[str, list[tuple[float, Row]]] = {}
+        for row in self.calibration:
+            if row.amount and (amount := Amount.parse(row.amount)).unit == self.unit:
+                found.setdefault(f"{row.way} {row.sign}", []).append((amount.value, row))
+        return [(label, sorted(rows, key=lambda pair: pair[0])) for label, rows in found.items() if len(rows) > 1]
+
     def plot(self, path: str | Path) -> Path:
         """Draws the dose-response curve."""
         from pathlib import Path as AnyPath
@@ -215,7 +237,9 @@ class Dose:
         return response(self, AnyPath(path))
 
     def __str__(self) -> str:
-        head = f"{self.target}: " + (f"recommended {self.chosen.edit}" if self.chosen else "no strength fits the limits")
+        head = f"{self.target}: " + (
+            f"recommended {self.chosen.edit}" if self.chosen else "no strength fits the limits"
+        )
         lines = [
             f"  {row.edit or row.way:44} says {row.rate}  extra {row.extra}  repeats {row.repeats.value:.2f}  "
             f"score {row.score:.2f}"

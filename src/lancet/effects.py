@@ -1,5 +1,5 @@
-"""What candidate features cause of a concept: the effect lens towards its words, first mentions, the output score, and
-the blend of features that together cause it."""
+"""What candidate features cause of a concept: the effect lens towards its words, first mentions, the output score, the
+features that say its words, and the blend of features that together cause it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lancet import effect
 from lancet.algebra import Direction
+from lancet.errors import UsageError
+from lancet.logit_lens import logit_lens, toward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,23 +21,31 @@ if TYPE_CHECKING:
 TRIED = 30  # features tried on continuations
 BEGINNINGS = ("I think that", "Yesterday we saw", "My friend told me that", "She wanted to talk about")
 TOKENS, STRENGTH = 10, 0.45  # of a continuation; rn
-OUTPUT_TIMES, OUTPUT_TOKENS = 10.0, 20  # the published output score's
+ROWS = 64  # continuations a batch
+OUTPUT_PROMPT, OUTPUT_TIMES, OUTPUT_TOKENS = "From my experience,", 10.0, 20  # the published output score's
 POOL = 60  # features that a blend is chosen from
+SHORTLIST = 200  # features that the logit lens proposes where the effects of all are not known
 
 
-def measure(lab: Lab, sae: Sae, features: Sequence[int], words: Sequence[int], top: int) -> dict[int, dict[str, Any]]:
-    """{feature: {"lens", "mention", "plain", "output", "logits"}} of the TRIED that the lens likes best and the `top`
-    first ones; attributes as in `find.Candidate`."""
+def measure(
+    lab: Lab, sae: Sae, features: Sequence[int], signs: Sequence[int], words: Sequence[int], first: Sequence[int] = ()
+) -> dict[int, dict[str, Any]]:
+    """{feature: {"lens", "mention", "plain", "output", "logits"}} of the TRIED that the lens likes best and of those
+    that come first; attributes as in `find.Candidate`.
+
+    Args:
+        signs: of each feature, 1, or -1 for those of AbsTopK SAEs that fire below zero on the examples.
+    """
     import torch
 
-    rows = _unit_rows(sae, features) * lab.facts(sae).norm
+    rows = unit_rows(sae, features) * torch.tensor(signs, device=sae.device)[:, None] * lab.facts(sae).norm
     lens = towards(lab, sae, rows * effect.STRENGTH, words)
     best = [features[i] for i in lens.topk(min(TRIED, len(features))).indices.tolist()]
-    tried = list(dict.fromkeys([*features[:top], *best]))[: max(TRIED, top)]
+    tried = list(dict.fromkeys([*first, *best]))[: max(TRIED, len(first))]
     place = {f: i for i, f in enumerate(features)}
     chosen = torch.tensor([place[f] for f in tried])
     mentions = first_mentions(lab, sae, torch.cat([rows[:1] * 0, rows[chosen] * STRENGTH]), words)
-    outputs, logits = output_scores(lab, sae, tried)
+    outputs, logits = output_scores(lab, sae, tried, [signs[place[f]] for f in tried])
     return {
         f: {
             "lens": float(lens[place[f]]),
@@ -48,7 +58,8 @@ def measure(lab: Lab, sae: Sae, features: Sequence[int], words: Sequence[int], t
     }
 
 
-def _unit_rows(sae: Sae, features: Sequence[int]) -> Tensor:
+def unit_rows(sae: Sae, features: Sequence[int]) -> Tensor:
+    """[n, d_out] what features write, each of length 1."""
     import torch
 
     rows = sae.rows(torch.tensor(list(features), device=sae.device))
@@ -69,11 +80,19 @@ def first_mentions(lab: Lab, sae: Sae, vectors: Tensor, words: Sequence[int]) ->
     """[n] probability that one of the words comes up within TOKENS tokens, mean over BEGINNINGS.
 
     Each vector is added at every position but the start token. The continuation takes the likeliest token that is none
-    of the words, so that at every step the question is whether the first mention comes now.
+    of the words and does not end the text, so that at every step the question is whether the first mention comes now.
     """
     import torch
 
-    model, ids = lab.model, torch.tensor(list(words))
+    parts = [_first_mentions(lab, sae, part, words) for part in vectors.split(ROWS)]
+    return torch.cat(parts)
+
+
+def _first_mentions(lab: Lab, sae: Sae, vectors: Tensor, words: Sequence[int]) -> Tensor:
+    import torch
+
+    model, ids = lab.model, torch.tensor(list(words), device=lab.model.device)
+    barred = torch.tensor([*words, *model.ends], device=model.device)
     total = torch.zeros(len(vectors))
     for text in BEGINNINGS:
         prompt = model.tokenize(text)
@@ -91,52 +110,109 @@ def first_mentions(lab: Lab, sae: Sae, vectors: Tensor, words: Sequence[int]) ->
         with torch.inference_mode(), model.at(sae.writes, add):
             new = row
             for step in range(TOKENS):
-                positions = torch.arange(length + step - (new.shape[1] - 1) - 1, length + step, device=model.device)
+                positions = torch.arange(length + step - new.shape[1], length + step, device=model.device)
                 mask = torch.ones(len(vectors), length + step, dtype=torch.long, device=model.device)
                 scores = model.forward(new, mask, positions.expand(len(vectors), -1), cache, last=True)[:, -1].float()
                 missed *= 1 - scores.softmax(-1)[:, ids].sum(-1).cpu().clamp_max(1)
-                scores[:, ids] = float("-inf")
+                scores[:, barred] = float("-inf")
                 new = scores.argmax(-1, keepdim=True)
         total += 1 - missed
     return total / len(BEGINNINGS)
 
 
-def output_scores(lab: Lab, sae: Sae, features: Sequence[int]) -> tuple[list[float | None], list[str]]:
+def output_scores(
+    lab: Lab, sae: Sae, features: Sequence[int], signs: Sequence[int]
+) -> tuple[list[float | None], list[str]]:
     """The published output score of each feature (arXiv 2505.20063), and its first words by the logit lens.
 
-    At the last position of a neutral prompt the feature is set to ten times its maximum, the SAE's error kept:
-    (1 - best rank / vocabulary) x highest probability, over the feature's 20 top tokens of the logit lens. None where
-    the feature never fired in the measured text, or the model's final norm has no logit lens.
+    As its authors' code has it: at the last position of a neutral prompt ten times the largest activation there is
+    added to the feature, the SAE's error kept; (1 - best rank / vocabulary) x highest probability, over the feature's
+    20 top tokens of the logit lens. None where the model's final norm has no logit lens, or the SAE writes elsewhere
+    than into the stream.
     """
     import torch
 
-    from lancet.errors import UsageError
-    from lancet.logit_lens import logit_lens
-
-    model, which = lab.model, torch.tensor(list(features))
-    rows = sae.rows(which.to(sae.device))
+    model = lab.model
+    which = torch.tensor(list(features), device=sae.device)
+    rows = sae.rows(which) * torch.tensor(signs, device=sae.device)[:, None]
     try:
-        tokens = logit_lens(model, rows).topk(OUTPUT_TOKENS, dim=-1).indices
+        tokens = logit_lens(model, rows).topk(min(OUTPUT_TOKENS, model.d_vocab), dim=-1).indices
     except UsageError:
         return [None] * len(features), [""] * len(features)
-    maximum = lab.facts(sae).maximum[which].to(model.device)
-    ids = torch.tensor([model.tokenize(BEGINNINGS[0]).ids], device=model.device).expand(len(features), -1)
+    batch = model.batch([model.tokenize(OUTPUT_PROMPT)])
+    x = model.values(batch, [sae.site])[sae.site][0]
+    (lit,) = sae.features_of(x[None], batch.content)
+    here = lit.value[lit.token == lit.shape[0] - 1].abs()
+    change = OUTPUT_TIMES * float(here.max()) if len(here) else 0.0
+    moved = change * rows * sae.scale(x[-1:])
+    probabilities = []
+    for part in moved.split(ROWS):
 
-    def put(value: Tensor) -> Tensor:
-        x = value[:, -1].float()
-        now = sae.encode_at(x[:1], which.to(x.device))[0]
-        change = OUTPUT_TIMES * maximum - now
-        value = value.clone()
-        value[:, -1] = (x + change[:, None] * rows * sae.scale(x)).to(value.dtype)
-        return value
+        def put(value: Tensor, part: Tensor = part) -> Tensor:
+            value = value.clone()
+            value[:, -1] = (value[:, -1].float() + part.to(value.device)).to(value.dtype)
+            return value
 
-    with torch.inference_mode(), model.at(sae.writes, put):
-        probability = model.forward(ids, last=True)[:, -1].float().softmax(-1)
-    mine = probability.gather(1, tokens)
-    rank = (probability > mine.max(1, keepdim=True).values).sum(1)
-    scores = (1 - rank / probability.shape[1]) * mine.max(1).values
+        with torch.inference_mode(), model.at(sae.writes, put):
+            logits = model.forward(batch.ids.expand(len(part), -1), last=True)[:, -1]
+        probabilities.append(logits.float().softmax(-1))
+    probability = torch.cat(probabilities)
+    mine = probability.gather(1, tokens).max(1).values
+    rank = (probability > mine[:, None]).sum(1)
+    scores = (1 - rank / probability.shape[1]) * mine
     told = [effect.words((model.decode([t]) for t in row), 3) for row in tokens.tolist()]
-    return [float(s) if m > 0 else None for s, m in zip(scores, maximum, strict=True)], told
+    return scores.tolist(), told
+
+
+def saying(lab: Lab, sae: Sae, groups: Sequence[Sequence[int]], count: int, notes: list[str]) -> dict[int, float]:
+    """The features that make some words likelier than any other feature does: {feature: nats}, the strongest first.
+
+    Looked up among the effects of all features where these are known (facts). Else the logit lens, over all features,
+    proposes some and the effect lens is taken of them.
+
+    Args:
+        groups: for each word the ids of its spellings; a feature counts with the best of them, mean over the words.
+    """
+    import torch
+
+    known = lab.facts(sae)
+    if known.effect_ids is not None and known.effect_values is not None:
+        total = torch.zeros(sae.d_sae)
+        for ids in groups:
+            hit = torch.isin(known.effect_ids.long(), torch.tensor(list(ids)))
+            total += (known.effect_values.float() * hit).amax(1).clamp_min(0)
+        nats, best = (total / len(groups)).topk(min(count, sae.d_sae))
+        return {f: v for f, v in zip(best.tolist(), nats.tolist(), strict=True) if v > 0}
+    try:
+        proposed = _proposed(lab, sae, groups)
+    except UsageError as error:
+        notes.append(f"which features say it is not told: {error}")
+        return {}
+    notes.append(
+        f"the effects of all features of {sae.name} are not known, so the logit lens chose the {len(proposed)} among "
+        f"which those that say it were looked for"
+    )
+    rows = unit_rows(sae, proposed) * (lab.facts(sae).norm * effect.STRENGTH)
+    told = [
+        torch.stack([change[:, list(ids)].amax(1) for ids in groups], 1).mean(1).cpu()
+        for change in effect.changes(lab.model, sae.writes, rows)
+    ]
+    nats, best = torch.cat(told).topk(min(count, len(proposed)))
+    return {proposed[i]: v for i, v in zip(best.tolist(), nats.tolist(), strict=True) if v > 0}
+
+
+def _proposed(lab: Lab, sae: Sae, groups: Sequence[Sequence[int]]) -> list[int]:
+    """The features whose unit vectors the logit lens has furthest towards some words."""
+    import torch
+
+    flat = [i for ids in groups for i in ids]
+    parts = []
+    for piece in sae.pieces(sae.d_out):
+        rows = sae.rows(piece)
+        seen = toward(lab.model, rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12), flat).cpu()
+        best = [part.amax(1) for part in seen.split([len(ids) for ids in groups], 1)]
+        parts.append(torch.stack(best, 1).mean(1))
+    return torch.cat(parts).topk(min(SHORTLIST, sae.d_sae)).indices.tolist()
 
 
 def blend(
@@ -145,24 +221,25 @@ def blend(
     """The features that differ most between examples and neutral text among those that make the words likelier.
 
     Returns:
-        (feature, weight) of each, weights being the differences of their mean activations, and the Direction.
+        (feature, weight) of each, weights being the differences of their mean activations, and the Direction; nothing
+        and None where no feature does.
     """
     import torch
 
     tokens = float(own.lengths.sum())
     mean = torch.zeros(sae.d_sae).index_add_(0, own.token_feature, own.token_value) / tokens
     difference = mean - base.activation
-    strength = difference.clamp_min(0) * sae.decoder_norm.cpu()
+    # In units of what they write. A feature that fires less in the examples is none of theirs.
+    strength = (mean.abs() - base.activation.abs()).clamp_min(0) * sae.decoder_norm.cpu()
     pool = strength.topk(min(POOL, sae.d_sae)).indices
     pool = pool[strength[pool] > 0]
     if not len(pool):
         return (), None
-    rows = _unit_rows(sae, pool.tolist()) * (lab.facts(sae).norm * effect.STRENGTH)
+    signs = difference[pool].sign().to(sae.device)[:, None]
+    rows = unit_rows(sae, pool.tolist()) * signs * (lab.facts(sae).norm * effect.STRENGTH)
     causing = pool[towards(lab, sae, rows, words) > 0][:most]
     if not len(causing):
         return (), None
     parts = tuple((int(f), float(difference[f])) for f in causing)
-    vector = sum(weight * sae.rows(torch.tensor([f], device=sae.device))[0] for f, weight in parts)
-    assert isinstance(vector, torch.Tensor)
-    recipe = " + ".join(f"{weight:.3g} * #{f}" for f, weight in parts)
-    return parts, Direction(sae.writes, vector, recipe)
+    vector = difference[causing].to(sae.device) @ sae.rows(causing.to(sae.device))
+    return parts, Direction(sae.writes, vector, " + ".join(f"{weight:.3g} * #{f}" for f, weight in parts))

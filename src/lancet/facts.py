@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lancet import passes
 from lancet.bench import neutral_texts
-from lancet.errors import MismatchError
+from lancet.errors import DamagedError, LancetError, MismatchError
 from lancet.files import cache_dir, check_safetensors, whole_file
+from lancet.telling import Say, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,35 +152,43 @@ def _summed(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, value.new_zeros(len(distinct)).index_add_(0, inverse, value)
 
 
-def measure(model: Model, sae: Sae, texts: list[str]) -> Facts:
-    """Maxima, densities and the typical norm over texts."""
+def measure(model: Model, sae: Sae, texts: Sequence[str], say: Say = lambda line: None) -> Facts:
+    """Maxima, densities and the typical norm over texts: over the first of them, where all would take long.
+
+    Args:
+        say: told how far it is (`telling.counted`).
+    """
     import torch
 
     maximum = torch.zeros(sae.d_sae, device=model.device)
     fired = torch.zeros(sae.d_sae, dtype=torch.long, device=model.device)
     fires = Fires(sae.d_sae, model.d_vocab)
     norms, tokens = [], 0
-    rows = sorted((model.tokenize(text, most=model.context) for text in texts), key=len)
-    for first in range(0, len(rows), 32):
-        batch = model.batch(rows[first : first + 32])
-        values = model.values(batch, [sae.site, sae.writes])
-        x, written = values[sae.site], values[sae.writes][batch.content]
-        ids, begin = batch.ids[batch.content], 0
-        for features in sae.features_of(x, batch.content):
+    rows = [model.tokenize(text, most=model.context) for text in texts]
+    rows = passes.affordable(model, sae, rows)
+    with counted(say, "reading texts", len(rows)) as told:
+        for piece in passes.through(model, sae, rows, [sae.writes], told, passes.ENTRIES):
+            features = piece.features
             maximum.scatter_reduce_(0, features.feature, features.value, "amax")
-            fires.add(features, ids[begin : begin + features.shape[0]])
-            begin += features.shape[0]
+            fires.add(features, piece.ids)
             fired += torch.bincount(features.feature, minlength=sae.d_sae)
-        norms.append(written.float().norm(dim=1))
-        tokens += len(written)
-    return Facts(maximum, fired / tokens, float(torch.cat(norms).median()), tokens, *fires.top())
+            norms.append(piece.values[sae.writes].float().norm(dim=1))
+            tokens += len(piece.ids)
+    density = fired.cpu() / tokens
+    return Facts(maximum.cpu(), density, float(torch.cat(norms).median()), tokens, *fires.top())
 
 
-def of(model: Model, sae: Sae, shipped: Path | None = None) -> Facts:
+def of(model: Model, sae: Sae, shipped: Path | None = None, say: Say = lambda line: None) -> Facts:
     """The facts of a pair: shipped, else kept in the cache, else measured now and kept.
+
+    A kept file that is damaged is measured anew, and a cache that cannot be written costs the same work again.
+
+    Args:
+        say: told before they are measured, how far it is, and on what they were measured.
 
     Raises:
         MismatchError: the shipped facts are another SAE's.
+        DamagedError: the shipped facts are damaged.
     """
     if shipped is not None and shipped.is_file():
         facts = Facts.load(shipped)
@@ -187,9 +199,19 @@ def of(model: Model, sae: Sae, shipped: Path | None = None) -> Facts:
             )
         return facts
     path = cache_dir() / "facts" / f"{fingerprint(model, sae)}.safetensors"
-    if not path.is_file():
-        measure(model, sae, neutral_texts(MEASURED_TEXTS)).save(path)
-    return Facts.load(path)
+    if path.is_file():
+        try:
+            return Facts.load(path)
+        except DamagedError:
+            path.unlink()
+    say(f"measuring how strong and how often the features of {sae.name} fire (once)")
+    facts = measure(model, sae, neutral_texts(MEASURED_TEXTS), say)
+    never = int((facts.maximum == 0).sum())
+    say(f"measured on {facts.tokens:,} tokens of bundled text; {never:,} of {sae.d_sae:,} features never fired there")
+    with suppress(LancetError):
+        facts.save(path)
+        return Facts.load(path)
+    return facts
 
 
 def fingerprint(model: Model, sae: Sae) -> str:

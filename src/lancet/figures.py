@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lancet.files import whole_file
 
 if TYPE_CHECKING:
+    from lancet.dose import Dose
     from lancet.reading import Reading, Spot
     from lancet.watch import Unit, Watch
 
@@ -19,6 +20,7 @@ CJK_FONTS = (
     "Arial Unicode MS", "Droid Sans Fallback",
 )  # fmt: skip
 INK, ACCENT, PAPER = "#1d2733", "#c8452d", "#fbfaf7"
+GREY, PALE = "#8a8f98", "#c9c6bb"
 MOST_FEATURES = 24
 MOST_CONTEXTS = 8
 
@@ -155,7 +157,7 @@ def _sentences(axes: Any, watch: Watch, unit: Unit) -> None:
     axes.set_facecolor(PAPER)
     for about, row, colour in ((True, 1, ACCENT), (False, 0, INK)):
         axes.scatter(scores[own == about], row + jitter[own == about], s=22, color=colour, alpha=0.6, linewidths=0)
-    axes.axvline(unit.level, color=ACCENT, linewidth=0.8, linestyle=":")
+    axes.axvline((unit.usual + unit.level) / 2, color=ACCENT, linewidth=0.8, linestyle=":")
     axes.set_yticks([1, 0], ["about it", "others"], fontsize=9, color=INK)
     axes.set_ylim(-0.6, 1.6)
     axes.tick_params(length=0, labelsize=9, colors=INK)
@@ -164,28 +166,89 @@ def _sentences(axes: Any, watch: Watch, unit: Unit) -> None:
 
 
 def _elsewhere(axes: Any, unit: Unit) -> None:
-    """Bars of the strongest other contexts, in units of the level that the sentences about it reach."""
+    """Bars of the strongest other contexts, from the usual value on; coloured where they come half way to the level."""
     axes.set_facecolor(PAPER)
     axes.set_title(
-        f"elsewhere: {unit.reached} of {unit.of} neutral sentences reach it", loc="left", fontsize=10, color=INK
+        f"elsewhere: {unit.reached} of {unit.of} other sentences come half way", loc="left", fontsize=10, color=INK
     )
     axes.set_xlim(0, 1)
     axes.set_ylim(MOST_CONTEXTS - 0.5, -0.5)
     axes.set_xticks([])
     axes.set_yticks([])
-    most = max([unit.level, *(context.value for context in unit.contexts)])
+    reach = unit.level - unit.usual
+    most = max([reach, *(context.value - unit.usual for context in unit.contexts)])
     for row, context in enumerate(unit.contexts[:MOST_CONTEXTS]):
-        share = max(0.0, context.value / most) if most > 0 else 0.0
-        colour = ACCENT if context.value >= unit.level else "#c9c6bb"
-        axes.barh(row + 0.34, share, height=0.12, color=colour)
-        before = _plain(context.before[-20:])
-        drawn = axes.text(0, row, f"{before}", fontsize=8, color="#8a8f98", va="center")
-        middle = axes.annotate(
-            _plain(context.token), xy=(1, 0), xycoords=drawn, fontsize=8, color=ACCENT, weight="bold", va="bottom"
-        )
-        axes.annotate(_plain(context.after[:20]), xy=(1, 0), xycoords=middle, fontsize=8, color="#8a8f98", va="bottom")
+        above = context.value - unit.usual
+        axes.barh(
+            row + 0.34, max(0.0, above / most) if most > 0 else 0.0, height=0.12,
+            color=ACCENT if above >= reach / 2 else PALE,
+        )  # fmt: skip
+        drawn = axes.text(0, row, _plain(context.before[-20:]), fontsize=8, color=GREY, va="center")
+        for text, style in (
+            (context.token, {"color": ACCENT, "weight": "bold"}),
+            (context.after[:20], {"color": GREY}),
+        ):
+            drawn = axes.annotate(_plain(text), xy=(1, 0), xycoords=drawn, fontsize=8, va="bottom", **style)
     if not unit.contexts:
         axes.text(0, 0, "nowhere", fontsize=9, color=INK)
+
+
+def response(dose: Dose, path: Path) -> Path:
+    """The dose-response curve: concept rate, extra surprise and repeats over strength, on the calibration prompts.
+
+    The recommended way is drawn in colour, baselines in grey; the recommended dose is marked, limits are dotted.
+
+    Raises:
+        UsageError: the path cannot be written, or no way has a strength that can be drawn.
+    """
+    from lancet.errors import UsageError
+
+    plt = _pyplot()
+    curves = dose.curves()
+    if not curves:
+        raise UsageError("there is nothing to draw: no edit was swept")
+    chosen = dose.chosen
+    shown = [
+        ("says the concept", lambda row: row.rate, None),
+        ("extra surprise, nats a token", lambda row: row.extra, dose.limits.surprise),
+        ("repeated 3-grams", lambda row: row.repeats, dose.limits.repeats),
+    ]
+    family, note = fonts_for("".join(label for label, _ in curves))
+    with plt.rc_context({"font.family": family}):
+        figure, panels = plt.subplots(1, 3, figsize=(13, 4), facecolor=PAPER)
+        for axes, (title, of, limit) in zip(panels, shown, strict=True):
+            axes.set_facecolor(PAPER)
+            for label, rows in curves:
+                mine = chosen is not None and any(row is chosen for _, row in rows)
+                ends = [(of(row).low, of(row).high) for _, row in rows]
+                at, values = [x for x, _ in rows], [of(row).value for _, row in rows]
+                colour = ACCENT if mine else GREY
+                axes.plot(
+                    at,
+                    values,
+                    color=colour,
+                    marker="o",
+                    markersize=3,
+                    linewidth=1.8 if mine else 0.9,
+                    label=_plain(label),
+                )
+                if mine:
+                    axes.fill_between(at, *zip(*ends, strict=True), color=ACCENT, alpha=0.15, linewidth=0)
+                    axes.plot(
+                        *next([x, of(row).value] for x, row in rows if row is chosen),
+                        color=ACCENT, marker="D", markersize=9, fillstyle="none",
+                    )  # fmt: skip
+            if limit is not None:
+                axes.axhline(limit, color=ACCENT, linewidth=0.8, linestyle=":")
+            axes.set_title(title, loc="left", fontsize=10, color=INK)
+            axes.set_xlabel(f"strength, {dose.unit}", fontsize=9, color=INK)
+            axes.tick_params(length=0, labelsize=9, colors=INK)
+            for side in axes.spines.values():
+                side.set_visible(False)
+        panels[0].legend(fontsize=7, frameon=False, labelcolor=INK)
+        told = f"recommended {chosen.edit}" if chosen else "no strength fits the limits"
+        figure.suptitle(_plain(f"{dose.target}: {told}"), x=0.01, ha="left", fontsize=11, color=INK)
+        return _finish(figure, panels[0], path, note)
 
 
 def _plain(text: str) -> str:

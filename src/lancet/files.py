@@ -139,13 +139,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def text_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, empty ones left out.
+    """The lines of a UTF-8 text file as they are, empty ones left out.
 
     Raises:
         UsageError: it cannot be read, or holds no text.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read {path}: {why}; give a file of UTF-8 text, one text a line") from error

@@ -4,7 +4,7 @@
     target      an expression of #numbers and names: bridge, #12, blocks.8.hook_resid_pre#77, (love - romance), with
                 unit(a), without(a, b), mean_difference("like.txt", "unlike.txt")
     sign        +=  =  *=  >= (at least)  <= (at most)
-    amount      80, 2x, 0.5rn
+    amount      80, 2x, 0.5rn, auto (the recommended dose)
     span        all, prompt, generated, last, assistant, user, system, 3, 2:5, several with commas;
                 after that, or instead of it, a condition: where #77 > 5, where bridge < 0.5x
 
@@ -37,7 +37,7 @@ number: NUMBER
 reference: SITE? "#" INT -> numbered
          | SITE "#" NAME -> named
          | NAME -> named
-amount: PLUS? (NUMBER UNIT? | INFINITE)
+amount: PLUS? (NUMBER UNIT? | INFINITE) | AUTO
 span: part ("," part)* where? | where
 where: _WHERE expression RELATION amount
 part: NAME -> word
@@ -52,6 +52,7 @@ PLUS.2: /[+-](?!=)/
 TIMES: /[*\/](?!=)/
 UNIT.2: "x" | "rn"
 INFINITE.3: /(inf(inity)?|nan)\b/i
+AUTO.3: /auto\b/
 SITE.3: /[A-Za-z_][\w.\[\]]*(?=#)/
 NUMBER.1: /\d+\.\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|\d+[eE][+-]?\d+|\d+/
 INT.2: /\d+(?![\d.eE])/
@@ -64,7 +65,7 @@ _SAID = {
     "SIGN": "one of += = *= >= <=", "NUMBER": "a number", "INT": "a whole number", "NAME": "a name", "SITE": "a site",
     "PLUS": "+ or -", "TIMES": "* or /", "UNIT": "x or rn", "LPAR": "(", "RPAR": ")", "COMMA": ",", "COLON": ":",
     "AT": "@", "__ANON_0": "@", "HASH": "#", "RELATION": "> or <",
-    "_WHERE": "where", "$END": "the end", "INFINITE": "",
+    "_WHERE": "where", "$END": "the end", "INFINITE": "", "AUTO": "auto",
     "TEXT": "a file's name in quotes",
 }  # fmt: skip
 
@@ -126,6 +127,15 @@ def parse_expression(text: str) -> Expression:
         UsageError: with a caret under the character at fault.
     """
     return _expression(_tree(text, "expression", "expression"), text)
+
+
+def parse_span(text: str) -> Span:
+    """A span from its notation: `generated`, `2:5, -1`, `assistant where #77 > 5`.
+
+    Raises:
+        UsageError: with a caret under the character at fault.
+    """
+    return _span(_tree(text, "span", "span"), text)
 
 
 def _expression(tree: Any, text: str) -> Expression:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lancet.ablate import Ablation, Ranking
+    from lancet.dose import Dose
     from lancet.effect import Effect
     from lancet.facts import Facts
     from lancet.find import Found
@@ -83,6 +85,7 @@ class Lab:
         saes: the SAE or SAEs, the default one first; sae-lens' own are taken too.
         facts: site -> path of the facts that ship with the SAE there; others are measured when first needed.
         basis: "plain" or "centred", for SAEs of sae-lens that do not state how their model was loaded.
+        say: told of what takes long, such as measuring the facts; see `lancet.telling`.
     """
 
     def __init__(
@@ -91,9 +94,11 @@ class Lab:
         saes: Any = (),
         facts: Mapping[Site, Path | None] | None = None,
         basis: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         from lancet import friends
 
+        self.say = say
         self.model: Model = friends.model_of(model)
         held = list(saes) if isinstance(saes, (list, tuple)) else [saes]
         self.saes: list[Sae] = [friends.sae_of(sae, self.model, basis) for sae in held]
@@ -129,7 +134,7 @@ class Lab:
         """Maxima, densities, typical norm and effects of an SAE, measured when first needed and kept."""
         sae = sae or self.sae()
         if sae.site not in self._facts:
-            self._facts[sae.site] = facts_module.of(self.model, sae, self._shipped.get(sae.site))
+            self._facts[sae.site] = facts_module.of(self.model, sae, self._shipped.get(sae.site), self.say)
         return self._facts[sae.site]
 
     def _norm(self, site: Site) -> float:
@@ -335,6 +340,14 @@ class Lab:
 
         return project(self, text, direction)
 
+    def find(
+        self, like: Sequence[str] | str, unlike: Sequence[str] = (), at: str | None = None, **settings: Any
+    ) -> Found:
+        """The features of a concept, from sentences about it or from words; see `lancet.find.find`."""
+        from lancet.find import find
+
+        return find(self, like, unlike, at, **settings)
+
     def mix(self, expression: str | Expression | Direction, **settings: Any) -> Mix:
         """What the direction of an expression such as `love - romance` is; see `lancet.mix.mix`."""
         from lancet.mix import mix
@@ -386,6 +399,24 @@ class Lab:
                 found[i] = lens.Effect(directions[i].recipe, strength, up, down)
         return [found[i] for i in range(len(directions))]
 
+    def ablate(self, prompt: Prompt, targets: int | str | Direction | Sequence[Any], **how: Any) -> Ablation:
+        """Cuts features out of a text, beside random controls; see `lancet.ablate.ablate` for what may be said."""
+        from lancet.ablate import ablate
+
+        return ablate(self, prompt, targets, **how)
+
+    def ablate_each(self, prompt: Prompt, at: str | None = None, **how: Any) -> Ranking:
+        """Cuts the features of a place one at a time and ranks them by what that changes; see `lancet.ablate.each`."""
+        from lancet.ablate import each
+
+        return each(self, prompt, at, **how)
+
+    def dose(self, target: int | str | Direction | None = None, prompts: Sequence[Prompt] = (), **how: Any) -> Dose:
+        """Finds the strength at which a target makes the model speak of a concept; see `lancet.dosing.dose`."""
+        from lancet.dosing import dose
+
+        return dose(self, target, prompts, **how)
+
     def steps(self, edits: Edits, prompt: Tokens, length: int) -> list[Step]:
         """Edits made ready for one prompt: targets found, amounts raw, spans as masks over `length` positions.
 
@@ -393,8 +424,8 @@ class Lab:
             UsageError, UnknownName: an edit that cannot be read or does not apply.
         """
         steps = []
-        for edit in map(Edit.parse, _listed(edits)):
-            target, amount = self._ready(edit.target, edit.amount)
+        for edit in self.settled(edits):
+            target, amount = self.ready(edit.target, edit.amount)
             where = edit.span.where
             steps.append(
                 Step(
@@ -403,13 +434,28 @@ class Lab:
                     operation=edit.operation,
                     amount=amount,
                     mask=edit.span.mask(prompt, length),
-                    gate=Gate(*self._ready(where.target, where.amount), where.above) if where else None,
+                    gate=Gate(*self.ready(where.target, where.amount), where.above) if where else None,
                 )
             )
         return steps
 
-    def _ready(self, expression: Expression, amount: Amount) -> tuple[tuple[Sae, int] | Direction, float]:
-        """What an edit or a condition is about, and its amount as a raw one."""
+    def settled(self, edits: Edits) -> list[Edit]:
+        """Edits with every `auto` replaced by the amount that it stands for.
+
+        Raises:
+            UsageError: an edit cannot be read, or no dose of its target is known.
+        """
+        from lancet.doses import recommended
+
+        parsed = [Edit.parse(edit) for edit in _listed(edits)]
+        return [replace(e, amount=recommended(self, e)) if e.amount.unit == "auto" else e for e in parsed]
+
+    def ready(self, expression: Expression, amount: Amount) -> tuple[tuple[Sae, int] | Direction, float]:
+        """What an edit or a condition is about, and its amount as a raw one.
+
+        Raises:
+            UsageError, UnknownName: there is no such target, or its unit cannot be had.
+        """
         found = self._target(expression)
         if isinstance(found, Direction):
             if found.norm == 0:
@@ -565,7 +611,7 @@ class Lab:
                         prompt=ready,
                         ids=tuple(row),
                         text=self.model.decode(row),
-                        edits=tuple(str(edit) for edit in _listed(edits)),
+                        edits=tuple(map(str, self.settled(edits))),  # what makes it again, whatever dose is found later
                         sampling=replace(sampling, seed=seed),
                         ended=end,
                         recipe=self.recipe(),
@@ -643,6 +689,5 @@ def open_lab(
 
         for chosen, facts in pairs:
             if facts is None:  # those that ship with facts were tested with them
-                say(f"testing whether {chosen.name} belongs to {opened.name} (once)")
-                check.first(opened, chosen).refuse()
-    return Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs})
+                check.first(opened, chosen, say).refuse()
+    return Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs}, say=say)

@@ -171,11 +171,13 @@ def open_sae(
 
     folder = _sae_folder(model, name, say)
     sae = sae_from_folder(folder)
-    about = pairing.About.of(folder, read_json(folder / "cfg.json"))
+    config = read_json(folder / "cfg.json")
+    about = pairing.About.of(folder, config)
+    stated = {"l0": (config.get("metadata") or config).get("l0"), "explained": None}
     if about.entry is not None:
         sae.name = about.entry.name
         stated = {"l0": about.entry.l0, "explained": about.entry.explained}
-        sae.stated = {name: value for name, value in stated.items() if value is not None}
+    sae.stated = {name: float(value) for name, value in stated.items() if isinstance(value, (int, float)) and value}
     sae.page = about.page
     pairing.check_model(model, sae, about, anyway)
     sae = pairing.in_its_basis(model, sae, about, folder, basis)

@@ -19,10 +19,11 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lancet import doses
 from lancet.algebra import Binary, Expression, Number, Ref, refs, substitute
 from lancet.errors import DamagedError, LancetError, UsageError
 from lancet.files import data_dir, read_json
-from lancet.units import Amount, short
+from lancet.units import short
 
 if TYPE_CHECKING:
     from lancet.sae import Sae
@@ -252,6 +253,7 @@ def _amount(text: Any, amount: Any) -> None:
     if not isinstance(amount, str):
         raise ValueError(f"the dose of {text} must be text such as 0.4rn, got {amount!r}")
     try:
-        Amount.parse(amount)
+        if not doses.parse(amount):
+            raise ValueError(f"the dose of {text} is empty")
     except UsageError as error:
         raise ValueError(f"the dose of {text}: {error}") from error

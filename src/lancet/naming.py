@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lancet import doses
 from lancet.algebra import Direction, Expression, Ref, reads_files, substitute
 from lancet.errors import DamagedError, LancetError, MismatchError, UnknownName, UsageError
 from lancet.files import read_json, write_json
 from lancet.namefile import NAME, Kept, Names, key, load, normal, parse, path, written
-from lancet.units import Amount, short
+from lancet.units import short
 
 if TYPE_CHECKING:
     from lancet.lab import Lab
@@ -224,12 +225,12 @@ def take_in(sae: Sae, file: Path, force: bool = False) -> list[str]:
 
 
 def keep_dose(sae: Sae, target: int | str | Expression, amount: str) -> None:
-    """Keeps the recommended amount (such as `0.4rn`) of a feature, name or expression; "" forgets it.
+    """Keeps the recommended amount (such as `0.4rn`, see doses.py) of a feature, name or expression; "" forgets it.
 
     Raises:
         UsageError: not an amount, or the target cannot be read.
     """
-    amount = str(Amount.parse(amount)) if amount else ""
+    amount = doses.written(doses.parse(amount))
     with _changing(sae) as names:
         where = _dose_key(names, target)
         if where in names.entries:

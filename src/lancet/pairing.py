@@ -152,15 +152,15 @@ def in_its_basis(model: Model, sae: Sae, about: About, folder: Path | None, aske
         raise UsageError(f"unknown basis {asked!r}; use one of {', '.join(BASES)}")
     if asked is None and about.kwargs is not None:
         return put_in_basis(sae, model, Basis.of(about.kwargs))
-    tried = {name: put_in_basis(sae, model, basis) for name, basis in _bases().items()}
+    tried = {name: put_in_basis(sae, model, basis) for name, basis in bases().items()}
     if asked is not None:
         return tried[asked]
-    if _alike(*tried.values()):  # at this site of this model the two are one
+    if alike(*tried.values()):  # at this site of this model the two are one
         return tried["plain"]
     return tried[_winner(model, sae, tried, folder)]
 
 
-def _bases() -> dict[str, Basis]:
+def bases() -> dict[str, Basis]:
     """TransformerLens' two ways to load a model: `from_pretrained_no_processing` and `from_pretrained`."""
     from lancet.basis import Basis
 
@@ -170,7 +170,8 @@ def _bases() -> dict[str, Basis]:
     }
 
 
-def _alike(one: Sae, other: Sae) -> bool:
+def alike(one: Sae, other: Sae) -> bool:
+    """Whether an SAE reads and writes the same in two bases."""
     if (one.site, one.centred, one.centred_out) != (other.site, other.centred, other.centred_out):
         return False
     if one.offset is None or other.offset is None:

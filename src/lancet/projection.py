@@ -42,7 +42,9 @@ class Projection:
     @property
     def standing(self) -> Tensor:
         """[tokens] how far above neutral text each token is, in its standard deviations; 0 at the start token."""
-        return (self.values - self.mean) / self.deviation * (self.values != 0)
+        out = (self.values - self.mean) / self.deviation
+        out[[p for p in range(len(self.tokens)) if self.tokens.roles[p] == "start"]] = 0
+        return out
 
     def positions(self) -> list[int]:
         """All positions but the start token's."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,19 +108,7 @@ class Reading:
         Raises:
             UsageError: the text does not occur (so often); nearest words are named.
         """
-        if not text:
-            raise UsageError("nothing to look for: the text after --at is empty")
-        begin = -1
-        for _ in range(occurrence + 1):
-            begin = self.tokens.text.find(text, begin + 1)
-            if begin < 0:
-                near = difflib.get_close_matches(text, self.tokens.text.split(), n=3, cutoff=0.5)
-                hint = f"; nearest: {', '.join(near)}" if near else ""
-                times = f" {occurrence + 1} times" if occurrence else ""
-                raise UsageError(f"{text!r} does not occur{times} in the text {_short(self.tokens.text)!r}{hint}")
-        end = begin + len(text)
-        held = [i for i, (a, b) in enumerate(self.tokens.spans) if a < end and b > begin and b > a]
-        return self.spot(held)
+        return self.spot(self.tokens.holding(text, occurrence))
 
     def spot(self, positions: Sequence[int]) -> Spot:
         """The tokens at absolute positions.

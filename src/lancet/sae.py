@@ -101,6 +101,12 @@ class Sae(Weights):
             return self.encode(x)[..., features]
         return self.features(x.reshape(-1, self.d_in)).columns(features).view(*x.shape[:-1], len(features))
 
+    @property
+    def tokens_at_once(self) -> int:
+        """How many tokens are encoded together: what a dense block of activations has room for."""
+        widest = max(self.d_in, *(part.stop - part.start for part in self.encoder_parts()))
+        return max(1, DENSE_BYTES // (4 * widest))
+
     @torch.no_grad()
     def features(self, x: Tensor, keep: Tensor | None = None) -> Features:
         """The active features of a list of tokens, computed in pieces of bounded size.
@@ -117,8 +123,7 @@ class Sae(Weights):
             return Features(row, feature[inside], value[inside], (int(wanted.sum()), self.d_sae))
         if keep is not None:
             x = x[keep]
-        widest = max(self.d_in, *(part.stop - part.start for part in self.encoder_parts()))
-        step = max(1, DENSE_BYTES // (4 * widest))
+        step = self.tokens_at_once
         parts = []
         for first in range(0, len(x), step):
             token, feature, value = self.kind.find(self, self._normalised(x[first : first + step]))

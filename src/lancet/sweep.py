@@ -7,7 +7,6 @@ different edits share a batch, all with the same random draws, and equal what ea
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,9 @@ from lancet.generate import Sampling
 if TYPE_CHECKING:
     from lancet.lab import Edits, Lab, Prompt
     from lancet.model import Model
+    from lancet.saying import Detector
     from lancet.tokens import Tokens
 
-# Which of some texts say the concept.
-Detector = Callable[[Sequence[str]], Sequence[bool]]
 MOST_ROWS = 128
 ROW_SHARE = 0.25  # of the free memory that a batch may take
 SCORED_AT_ONCE = 1 << 29  # bytes of logits computed at once when texts are scored
@@ -62,6 +60,7 @@ def write(
     sampling: Sampling | None = None,
     say: Callable[[str], None] = lambda line: None,
     rows_at_once: int | None = None,
+    prefixes: Mapping[str, str] | None = None,
 ) -> dict[str, list[Text]]:
     """Continues every prompt with every seed under every arm's edits, and measures.
 
@@ -72,6 +71,8 @@ def write(
         tokens: new tokens a row.
         detectors: name -> which texts say the concept; each is called once on all texts.
         say: called with a line now and then.
+        prefixes: arm -> text put before every prompt that is plain text; the surprise is that of the continuation
+            given the prompt without it.
         rows_at_once: rows of a batch; what a quarter of the free memory holds where None.
 
     Returns:
@@ -79,19 +80,22 @@ def write(
     """
     arms = {"plain": None, **arms}
     ready = [lab.tokenize(prompt) for prompt in prompts]
+    fed = {
+        (arm, p): _prefixed(lab, prompts[p], text) for arm, text in (prefixes or {}).items() for p in range(len(ready))
+    }
     keys = [(arm, p, seed) for arm in arms for p in range(len(ready)) for seed in seeds]
     # Prompts of like length share a batch: the least padding, whatever was given.
     order = sorted(range(len(keys)), key=lambda i: len(ready[keys[i][1]]))
-    longest = max(map(len, ready)) + tokens
+    longest = max(map(len, [*ready, *fed.values()])) + tokens
     rows_at_once = rows_at_once or batch_rows(lab.model, longest)
     found: dict[int, Text] = {}
     for first in range(0, len(order), rows_at_once):
         part = [keys[i] for i in order[first : first + rows_at_once]]
-        jobs = [(ready[p], arms[arm], seed, arm) for arm, p, seed in part]
+        jobs = [(fed.get((arm, p), ready[p]), arms[arm], seed, arm) for arm, p, seed in part]
         made = lab.run(jobs, tokens, sampling, rows_at_once=rows_at_once)
         if len(made) < len(part) or any(row.ended == "interrupted" for row in made):
             raise KeyboardInterrupt  # half a sweep would be a wrong table
-        nats = surprises(lab.model, [(row.prompt, row.ids) for row in made])
+        nats = surprises(lab.model, [(ready[p], row.ids) for (_, p, _), row in zip(part, made, strict=True)])
         for i, (arm, p, seed), row, loss in zip(order[first : first + rows_at_once], part, made, nats, strict=True):
             found[i] = Text(arm, p, seed, row.text, row.ids, loss, repeats(row.ids))
         say(f"{min(first + rows_at_once, len(order))} of {len(order)} continuations")
@@ -103,6 +107,10 @@ def write(
         far = distance(text.ids, plain[text.prompt, text.seed].ids)
         out[text.arm].append(replace(text, distance=far, says={name: bool(row[i]) for name, row in said.items()}))
     return out
+
+
+def _prefixed(lab: Lab, prompt: Prompt, text: str) -> Tokens:
+    return lab.tokenize(text + prompt if isinstance(prompt, str) else prompt)
 
 
 def batch_rows(model: Model, length: int) -> int:
@@ -181,20 +189,3 @@ def distance(a: Sequence[int], b: Sequence[int]) -> float:
         for j, y in enumerate(b, 1):
             diagonal, row[j] = row[j], min(diagonal + (x != y), row[j] + 1, row[j - 1] + 1)
     return row[-1] / max(len(a), len(b))
-
-
-def keywords(words: Sequence[str]) -> Detector:
-    """Texts that have one of some words or phrases as whole words, capitals or not.
-
-    Chinese, Japanese and Korean have no spaces between words: there the characters need only occur.
-    """
-
-    def spaced(character: str) -> bool:
-        return (character.isalnum() or character == "_") and ord(character) < 0x2E80
-
-    def pattern(word: str) -> str:
-        left, right = r"(?<!\w)" * spaced(word[0]), r"(?!\w)" * spaced(word[-1])
-        return left + re.escape(word) + right
-
-    asked = re.compile("|".join(pattern(word) for word in words if word), re.IGNORECASE)
-    return lambda texts: [asked.search(text) is not None for text in texts]

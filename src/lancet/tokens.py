@@ -6,6 +6,7 @@ padded, never packed, so that no text attends to another. The file knows tokeniz
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,6 +48,34 @@ class Tokens:
         if position:
             begin = max(begin, self.spans[position - 1][1])
         return self.text[begin:end]
+
+    def holding(self, text: str, occurrence: int = 0) -> tuple[int, ...]:
+        """The positions of the tokens that hold these characters, however the tokenizer cut them.
+
+        Raises:
+            UsageError: they do not occur (so often); the nearest words are named.
+        """
+        if not text:
+            raise UsageError("nothing to look for: the text after --at is empty")
+        begin = -1
+        for _ in range(occurrence + 1):
+            begin = self.text.find(text, begin + 1)
+            if begin < 0:
+                near = difflib.get_close_matches(text, self.text.split(), n=3, cutoff=0.5)
+                hint = f"; nearest: {', '.join(near)}" if near else ""
+                times = f" {occurrence + 1} times" if occurrence else ""
+                shown = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+                raise UsageError(f"{text!r} does not occur{times} in the text {shown!r}{hint}")
+        end = begin + len(text)
+        return tuple(i for i, (a, b) in enumerate(self.spans) if a < end and b > begin and b > a)
+
+
+def followed(tokens: Tokens, ids: Sequence[int]) -> Tokens:
+    """A text with more tokens after it, as generation leaves it; their characters are not in `text`."""
+    end, more = len(tokens.text), len(ids)
+    return Tokens(
+        tokens.text, (*tokens.ids, *ids), (*tokens.spans, *((end, end),) * more), (*tokens.roles, *("text",) * more)
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     80       raw activation
     2x       times the feature's maximum over a corpus
     0.5rn    times the site's typical residual norm: the length of what is added
+    auto     the target's recommended dose (`lancet dose` finds it)
 
 `x` and `rn` are what makes a strength carry over from one feature, SAE or model to another.
 """
@@ -16,7 +17,7 @@ from typing import Literal
 
 from lancet.errors import UsageError
 
-Unit = Literal["raw", "x", "rn"]
+Unit = Literal["raw", "x", "rn", "auto"]
 
 _AMOUNT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(x|rn)?")
 
@@ -41,7 +42,7 @@ class Amount:
 
     @classmethod
     def parse(cls, text: str | float | Amount) -> Amount:
-        """Reads `80`, `2x`, `0.5rn` or a plain number.
+        """Reads `80`, `2x`, `0.5rn`, `auto` or a plain number.
 
         Raises:
             UsageError: anything else, infinities and NaN among them.
@@ -50,12 +51,14 @@ class Amount:
             return text
         if isinstance(text, (int, float)):
             return cls(float(text))
+        if text.strip() == "auto":
+            return cls(1.0, "auto")
         match = _AMOUNT.fullmatch(text.strip())
         if match is None:
             if text.strip().lower().lstrip("+-") in ("inf", "infinity", "nan"):
                 return cls(float(text))
             raise UsageError(
-                f"{text!r} is not an amount; write a number, 2x (times its maximum) or 0.5rn (of the norm)"
+                f"{text!r} is not an amount; write a number, 2x (times its maximum), 0.5rn (of the norm) or auto"
             )
         unit: Unit = "raw" if match[2] is None else "x" if match[2] == "x" else "rn"
         return cls(float(match[1]), unit)
@@ -71,6 +74,8 @@ class Amount:
         Raises:
             UsageError: the unit needs a fact that is not known.
         """
+        if self.unit == "auto":
+            raise UsageError("auto stands for a dose, which only the amount of += and = can be; give a number here")
         if self.unit == "x":
             if not maximum:
                 raise UsageError(
@@ -87,7 +92,7 @@ class Amount:
         return self.value
 
     def __str__(self) -> str:
-        return short(self.value) + ("" if self.unit == "raw" else self.unit)
+        return "auto" if self.unit == "auto" else short(self.value) + ("" if self.unit == "raw" else self.unit)
 
 
 _SIZE = re.compile(r"(\d+\.?\d*|\.\d+)\s*([kMGT]?)(i?)B?", re.IGNORECASE)

@@ -69,8 +69,10 @@ class Unit:
         sign: -1 where low values mean the sentences; scores and values here are already multiplied by it.
         auroc: of the sentences' maxima.
         scores: the maximum over each sentence's tokens.
-        level: the median of the maxima of the sentences that it is about.
-        reached: how many neutral sentences, not about the context, reach that level; of so many.
+        level: the median of the maxima of the sentences about it.
+        usual: the median over the tokens of neutral sentences, 0 for a feature that is seldom lit.
+        reached: how many neutral sentences that are not about it come half way or more from `usual` to `level`; of so
+            many.
         contexts: its strongest tokens in those, each sentence once.
     """
 
@@ -81,6 +83,7 @@ class Unit:
     auroc: float
     scores: tuple[float, ...]
     level: float
+    usual: float
     reached: int
     of: int
     contexts: tuple[Context, ...]
@@ -130,7 +133,7 @@ class Watch:
         units = []
         for unit in self.units:
             told = {k: v for k, v in vars(unit).items() if k not in ("scores", "contexts")}
-            told |= {"auroc": round(unit.auroc, 5), "level": round(unit.level, 4), "label": unit.label}
+            told |= {key: round(told[key], 5) for key in ("auroc", "level", "usual")} | {"label": unit.label}
             told["scores"] = [round(score, 4) for score in unit.scores]
             told["contexts"] = [vars(c) | {"value": round(c.value, 4)} for c in unit.contexts]
             units.append(told)
@@ -169,7 +172,9 @@ class Watch:
         ]
         for unit in self.units:
             told = ", ".join(repr(context.token.strip()) for context in unit.contexts)
-            lines.append(f"{unit.label:>22}  AUROC {unit.auroc:.3f}  {unit.reached} of {unit.of} reach it  {told}")
+            lines.append(
+                f"{unit.label:>22}  AUROC {unit.auroc:.3f}  {unit.reached} of {unit.of} others half way  {told}"
+            )
         return "\n".join(lines)
 
 
@@ -210,7 +215,7 @@ def watch(
     )
     positive = torch.arange(len(rows)) < len(sentences.own)
     picked, sightings = _scored(lab, sae, found.index, place, rows, positive)
-    contexts, reached = _elsewhere(lab, sae, place, picked, neutral, positive)
+    elsewhere = _elsewhere(lab, sae, place, picked, neutral, positive)
     if len(picked) > 1:
         notes.append(
             "the coordinate and the neuron are the best of all on the sentences themselves, which flatters them"
@@ -226,11 +231,12 @@ def watch(
             auroc=unit.auroc,
             scores=tuple(unit.scores.tolist()),
             level=_level(unit, positive),
-            reached=count,
+            usual=usual,
+            reached=reached,
             of=len(neutral),
-            contexts=tuple(told),
+            contexts=tuple(contexts),
         )
-        for unit, told, count in zip(picked, contexts, reached, strict=True)
+        for unit, (usual, reached, contexts) in zip(picked, elsewhere, strict=True)
     )
     return Watch(
         feature=found.index,
@@ -318,11 +324,14 @@ def _level(unit: _Picked, positive: Tensor) -> float:
 
 def _elsewhere(
     lab: Lab, sae: Sae, place: Place | None, picked: Sequence[_Picked], rows: Sequence[Tokens], positive: Tensor
-) -> tuple[list[list[Context]], list[int]]:
-    """Where else each unit is strong: its strongest tokens, and in how many texts it reaches its level."""
+) -> list[tuple[float, int, list[Context]]]:
+    """Where else each unit is strong: its usual value, how many texts come half way to its level, where they do."""
+    import torch
+
     found: list[list[tuple[float, int, int]]] = [[] for _ in picked]
+    every: list[list[Tensor]] = [[] for _ in picked]
     for which, x, lit, keep in neurons.passes(lab.model, sae.site, place, rows):
-        for unit, list_ in zip(picked, found, strict=True):
+        for unit, strongest, tokens in zip(picked, found, every, strict=True):
             if unit.kind == "feature":
                 values = about.activation(sae, x, unit.index)
             else:
@@ -330,16 +339,18 @@ def _elsewhere(
                 assert held is not None
                 values = held[..., unit.index] * unit.sign
             best = values.masked_fill(~keep, -float("inf")).max(1)
-            list_ += zip(best.values.tolist(), which, best.indices.tolist(), strict=True)
-    contexts, reached = [], []
-    for unit, list_ in zip(picked, found, strict=True):
-        list_.sort(key=lambda entry: -entry[0])
-        level = _level(unit, positive)
+            strongest += zip(best.values.tolist(), which, best.indices.tolist(), strict=True)
+            tokens.append(values[keep].cpu())
+    out = []
+    for unit, strongest, tokens in zip(picked, found, every, strict=True):
+        usual = float(torch.cat(tokens).median())
         if unit.kind == "feature":
-            list_ = [entry for entry in list_ if entry[0] > 0]
-        reached.append(sum(value >= level for value, _, _ in list_))
-        contexts.append([_told(rows[row], at, value) for value, row, at in list_[:CONTEXTS]])
-    return contexts, reached
+            strongest = [entry for entry in strongest if entry[0] > 0]
+        half = (usual + _level(unit, positive)) / 2
+        strongest.sort(key=lambda entry: -entry[0])
+        contexts = [_told(rows[row], at, value) for value, row, at in strongest[:CONTEXTS]]
+        out.append((usual, sum(value >= half for value, _, _ in strongest), contexts))
+    return out
 
 
 def _told(row: Tokens, at: int, value: float) -> Context:

@@ -161,13 +161,14 @@ def find(
     anyway: Anyway = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
     json: Json = False,
 ) -> None:
     """Which features are the concept: those that detect it, those that make the model say it."""
     from lancet.cli.find import run
     from lancet.cli.opening import Choice
 
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype)
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     files = (like_file, unlike_file)
     run(words, like or [], unlike or [], files, at, top, together, blend, causes, choice, json)
 
@@ -296,6 +297,76 @@ def check(
 
 
 @app.command()
+def dose(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Prompts to report the dose on; bundled neutral ones where none is given."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            help="What is dosed, such as '#123' or bridge; with examples it may be - for what they suggest."
+        ),
+    ] = None,
+    like: Annotated[list[str] | None, typer.Option(help="A sentence about the concept; give several.")] = None,
+    like_file: Annotated[Path | None, typer.Option(help="A file of such sentences, one a line.")] = None,
+    keywords: Annotated[str, typer.Option(help="Words of which a text must have one, with commas between.")] = "",
+    strengths: Annotated[str, typer.Option(help="Amounts to try, such as 0.2rn,0.4rn,2x; a grid where none.")] = "",
+    op: Annotated[str, typer.Option(help="add, set, or both with a comma.")] = "add,set",
+    span: Annotated[str, typer.Option(help="Where the edits act, as after the @ of an edit.")] = "all",
+    seeds: Annotated[int, typer.Option(help="Continuations of each calibration prompt.")] = 1,
+    report_seeds: Annotated[int, typer.Option(help="Continuations of each prompt that is reported on.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens of each continuation.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.1,
+    most_surprise: Annotated[float, typer.Option(help="Nats a token above plain text that a dose may cost.")] = 1.5,
+    most_repeats: Annotated[float, typer.Option(help="Share of repeated 3-grams that a dose must stay below.")] = 0.1,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Sweep other methods beside it.")
+    ] = True,
+    name: Annotated[str, typer.Option(help="Name what is recommended, so that edits can use it.")] = "",
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the dose, for `+= auto`.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw the dose-response curve to this file.")] = None,
+    model: Model = None,
+    sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
+    json: Json = False,
+) -> None:
+    """How strong an edit must be: the strength that makes the model speak of a concept at the least harm."""
+    from lancet.cli.dose import run
+    from lancet.cli.opening import Choice
+    from lancet.dose import Limits
+    from lancet.generate import Sampling
+
+    *given_prompts, what = [*(prompts or []), *([target] if target is not None else [])] or ["-"]
+    run(
+        None if what == "-" else what,
+        like_file,
+        plot,
+        Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory),
+        json,
+        prompts=given_prompts,
+        like=like or [],
+        keywords=[word.strip() for word in keywords.split(",") if word.strip()],
+        strengths=[amount.strip() for amount in strengths.split(",") if amount.strip()],
+        operations=[part.strip() for part in op.split(",")],
+        span=span,
+        seeds=seeds,
+        report_seeds=report_seeds,
+        tokens=tokens,
+        sampling=Sampling(temperature=temperature, repetition_penalty=repetition_penalty),
+        limits=Limits(most_surprise, most_repeats),
+        baselines=baselines,
+        name=name,
+        keep=keep,
+    )
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("lancet-demo"),
     model: Annotated[
@@ -313,6 +384,49 @@ def demo(
     from lancet.cli.opening import Choice
 
     run(out, Choice(model, tuple(sae or ()), basis, anyway, device, dtype), json)
+
+
+@app.command()
+def ablate(
+    prompt: Annotated[str, typer.Argument(help="The text; - reads standard input.")],
+    features: Annotated[
+        list[str] | None, typer.Argument(help="What to cut: 123, a name, '(love - romance)'; several count as one.")
+    ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Rank the features active at a token by what cutting each alone changes.")
+    ] = False,
+    at: Annotated[str | None, typer.Option(help="Cut at these characters alone, such as Bridge.")] = None,
+    span: Annotated[
+        str, typer.Option(help="Where to cut, as in edits: all, generated, 'assistant', 'where #77 > 5'.")
+    ] = "all",
+    to: Annotated[str, typer.Option(help="What activations are set to: 0 is off, -10 or -1x is below zero.")] = "0",
+    everywhere: Annotated[
+        bool, typer.Option("--everywhere", help="Project the directions out of the output of every block.")
+    ] = False,
+    controls: Annotated[int, typer.Option(help="Sets of random features, as active and moved as far.")] = 10,
+    tokens: Annotated[int, typer.Option(help="New tokens of the continuations.")] = 24,
+    chat: Annotated[bool, typer.Option("--chat", help="Take the prompt as a user's turn of a chat.")] = False,
+    top: Annotated[int, typer.Option(help="Tokens (with --each: features) listed.")] = 10,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Of the draws, and of the choice of controls.")] = 0,
+    model: Model = None,
+    sae: SaeOption = None,
+    basis: Basis = None,
+    anyway: Anyway = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
+    json: Json = False,
+) -> None:
+    """Cut features out: what the next token, the loss and the text become, beside random features cut as hard."""
+    from lancet.cli.ablate import run
+    from lancet.cli.opening import Choice
+    from lancet.generate import Sampling
+
+    sampling = Sampling(temperature=temperature, seed=seed)
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
+    how = (each, at, span, to, everywhere, controls, tokens, chat, top)
+    run(given(prompt), features or [], *how, sampling, choice, json)
 
 
 @app.command()

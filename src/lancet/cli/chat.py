@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 HELP = """/edit EDIT; EDIT   replace the edits (/edit alone takes them off)
 /plain             also ask the unedited model, or stop asking it
-/again             the last answer once more, with other luck
+/again             the last question once more, with other luck
 /reset             forget the conversation
-/quit              leave (so does the end of input, Ctrl-D)"""
+/help              this list
+/quit              leave (so does the end of input, Ctrl-D); Ctrl-C ends an answer
+//...              say something that begins with a slash"""
+
+Messages = list[dict[str, str]]
 
 
 @dataclass
@@ -29,88 +33,178 @@ class Talk:
     """A conversation as it stands.
 
     Attributes:
-        messages: the turns so far, the edited model's answers among them.
-        edits: what its answers are made under.
+        beginning: what every conversation begins with: a system turn, or nothing.
+        edits: what the answers are made under.
         plain: whether the unedited model is asked too; its answers are shown and not kept.
+        tokens: the most that an answer has.
+        quiet: answers are kept in `told` alone.
+        messages: the turns so far, the edited model's answers among them.
+        asked: the last question and the turns before it, None where nothing was asked.
+        told: what `--json` prints.
     """
 
     lab: Lab
+    beginning: Messages
     edits: list[Edit]
     plain: bool
     tokens: int
     sampling: Sampling
-    messages: list[dict[str, str]] = field(default_factory=list)
+    quiet: bool
+    messages: Messages = field(init=False)
+    asked: tuple[Messages, str] | None = None
     told: list[dict[str, Any]] = field(default_factory=list)
 
-    def ask(self, said: str, quiet: bool) -> None:
-        """One turn: the answer is written as it is made and becomes part of the conversation."""
-        asked = [*self.messages, {"role": "user", "content": said}]
-        ready = self.lab.tokenize(asked)
-        self.lab.steps(self.edits, ready, len(ready) + self.tokens)  # an edit that cannot be made is told before a word
-        plain = self.answer("plain", asked, [], quiet) if self.plain and self.edits else None
-        reply = self.answer("edited" if self.edits else "plain", asked, self.edits, quiet)
-        turn = {"user": said, "assistant": reply, "edits": [str(edit) for edit in self.edits]}
-        self.told.append(turn | ({"plain": plain} if plain is not None else {}))
-        # A template has no place for an empty turn: such an answer is shown and not kept.
-        self.messages = [*asked, {"role": "assistant", "content": reply}] if reply.strip() else self.messages
+    def __post_init__(self) -> None:
+        self.reset()
+        self.ready([*self.messages, user("hello")])  # refuses a model without a template, and edits that do not apply
 
-    def answer(self, name: str, asked: list[dict[str, str]], edits: list[Edit], quiet: bool) -> str:
-        """The text of one answer; Ctrl-C ends it with what was written so far."""
+    def reset(self) -> None:
+        self.messages, self.asked = list(self.beginning), None
+
+    def ready(self, asked: Messages) -> int:
+        """How many tokens an answer to these turns may have.
+
+        Raises:
+            UsageError, UnknownName: there is no room for one, or an edit cannot be made.
+        """
+        prompt = self.lab.tokenize(asked)
+        room = min(self.tokens, self.lab.model.context - len(prompt))
+        if room < 1:
+            raise UsageError(
+                f"the conversation has {len(prompt)} tokens, all that {self.lab.model.name} takes; /reset begins anew"
+            )
+        self.lab.changes(self.edits, prompt, len(prompt) + room)
+        return room
+
+    def ask(self, said: str) -> None:
+        """One turn: the answer is written as it is made and becomes part of the conversation."""
+        self.asked = (list(self.messages), said)
+        asked = [*self.messages, user(said)]
+        room = self.ready(asked)  # an edit that cannot be made is told before a word is written
+        edits = [str(edit) for edit in self.lab.settled(self.edits)]
+        turn: dict[str, Any] = {"user": said, "edits": edits, "seed": self.sampling.seed}
+        if self.plain and self.edits:
+            turn["plain"] = self.answer("plain", asked, [], room)
+        turn["assistant"] = reply = self.answer("edited" if self.edits else "plain", asked, self.edits, room)
+        self.told.append(turn)
+        # A template has no place for an empty turn: such an answer is shown and not kept.
+        if reply.strip():
+            self.messages = [*asked, {"role": "assistant", "content": reply}]
+
+    def answer(self, name: str, asked: Messages, edits: list[Edit], room: int) -> str:
+        """The text of one answer; in a terminal Ctrl-C ends it with what was written so far."""
         pieces: list[str] = []
-        if not quiet:
+        if not self.quiet:
             show.begin(f"{name}: ", "green" if edits else "white")
         try:
-            for piece in self.lab.stream(asked, edits, self.tokens, self.sampling):
+            for piece in self.lab.stream(asked, edits, room, self.sampling):
                 pieces.append(piece)
-                if not quiet:
+                if not self.quiet:
                     show.piece(piece)
         except KeyboardInterrupt:
-            pass
-        if not quiet:
-            show.line("")
+            if not sys.stdin.isatty():
+                raise
+        finally:
+            if not self.quiet:
+                show.line("")
         return "".join(pieces)
+
+    def again(self) -> None:
+        """The last question once more, in place of the answer that it got."""
+        if self.asked is None:
+            raise UsageError("nothing was asked yet; say something first")
+        now, (self.messages, said) = self.messages, self.asked
+        luck, self.sampling = self.sampling, replace(self.sampling, seed=self.sampling.seed + 1)
+        try:
+            self.ask(said)
+        except LancetError:
+            self.messages, self.sampling = now, luck
+            raise
+
+    def edit(self, text: str) -> None:
+        """Takes edits, with `;` between several, in place of those before, which stay where one is wrong."""
+        from lancet.edit import Edit
+
+        before, self.edits = self.edits, [Edit.parse(part.strip()) for part in text.split(";") if part.strip()]
+        try:
+            self.ready([*self.beginning, user("hello")])
+        except LancetError:
+            self.edits = before
+            raise
 
     def command(self, line: str) -> bool:
         """Obeys a line that begins with a slash; False ends the conversation."""
-        from lancet.edit import Edit
-
         word, _, rest = line.partition(" ")
-        if word == "/quit":
-            return False
-        if word == "/edit":
-            self.edits = [Edit.parse(part) for part in rest.split(";") if part.strip()]
-            show.say(f"edits: {'; '.join(map(str, self.edits)) or 'none'}")
-        elif word == "/plain":
-            self.plain = not self.plain
-            show.say("the unedited model answers too" if self.plain else "the edited model answers alone")
-        elif word == "/reset":
-            self.messages = []
-            show.say("the conversation begins anew")
-        elif word == "/again":
-            if not self.told:
-                raise UsageError("nothing was asked yet")
-            kept = self.messages[-1:] and self.messages[-1]["role"] == "assistant"
-            self.messages = self.messages[:-2] if kept else self.messages
-            self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
-            self.ask(self.told[-1]["user"], quiet=False)
-        else:
-            show.say(HELP)
+        match word:
+            case "/quit":
+                return False
+            case "/edit":
+                self.edit(rest)
+                show.say(f"edits: {'; '.join(map(str, self.edits)) or 'none'}")
+            case "/plain":
+                self.plain = not self.plain
+                show.say("the unedited model answers too" if self.plain else "the edited model answers alone")
+            case "/reset":
+                self.reset()
+                show.say("the conversation begins anew")
+            case "/again":
+                self.again()
+            case "/help":
+                show.say(HELP)
+            case _:
+                raise UsageError(f"no command {word}; /help lists them, and //... says what begins with a slash")
+        return True
+
+    def hear(self, line: str) -> bool:
+        """Obeys or answers one line; False ends the conversation."""
+        if line.startswith("/") and not line.startswith("//"):
+            return self.command(line)
+        self.ask(line[1:] if line.startswith("//") else line)
         return True
 
 
+def user(said: str) -> dict[str, str]:
+    return {"role": "user", "content": said}
+
+
 def lines() -> Iterator[str]:
-    """What the user types, or the lines of a pipe, until there are no more."""
-    asks = sys.stdin.isatty()
-    if asks:
+    """What the user types, until there is no more: in a terminal after a prompt, where Ctrl-C takes a line back."""
+    if not sys.stdin.isatty():
+        yield from _piped()
+        return
+    prompt = "you: "
+    if sys.stdout.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401 - arrow keys and history in `input`, where the system has them
     while True:
         try:
-            line = input("you: " if asks else "")
+            if sys.stdout.isatty():
+                line = input(prompt)
+            else:  # what is redirected holds answers alone
+                print(prompt, end="", file=sys.stderr, flush=True)
+                line = input()
         except EOFError:
+            print(file=sys.stderr)
             return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            show.say("Ctrl-D leaves")
+            continue
+        except UnicodeDecodeError:
+            show.say("that was not text in this terminal's encoding; say it again")
+            continue
         if line.strip():
             yield line.strip()
+
+
+def _piped() -> Iterator[str]:
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        try:
+            line = raw.decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"line {number} of standard input is not text in UTF-8; convert it first") from error
+        if line:
+            yield line
 
 
 def run(
@@ -119,23 +213,27 @@ def run(
     from lancet.edit import Edit
 
     parsed = [Edit.parse(edit) for edit in edits]
+    if tokens < 1:
+        raise UsageError(f"the number of new tokens must be at least 1, got {tokens}")
     lab = choice.open()
-    talk = Talk(lab, parsed, plain, tokens, sampling)
-    if system is not None:
-        talk.messages = [{"role": "system", "content": system}]
-    lab.tokenize([*talk.messages, {"role": "user", "content": "hello"}])  # refuses a model that has no template
-    start = list(talk.messages)
+    beginning = [] if system is None else [{"role": "system", "content": system}]
+    talk = Talk(lab, beginning, parsed, plain, tokens, sampling, json)
     if not json:
         show.say("; ".join([*lab.model.notes, "/help lists the commands"]))
+    failed = False
     for line in lines():
         try:
-            if line.startswith("/"):
-                if not talk.command(line):
-                    break
-                talk.messages = talk.messages or list(start)
-            else:
-                talk.ask(line, quiet=json)
+            if not talk.hear(line):
+                break
         except LancetError as error:  # the conversation survives a mistake
+            failed = True
+            talk.told += [{"user": line, "error": str(error)}] if json else []
             show.say(str(error))
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            show.say("interrupted")
     if json:
         show.as_json(talk.told)
+    if failed and not sys.stdin.isatty():  # whoever wrote the lines is not there to see it
+        sys.exit(1)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lancet.cli import show
-from lancet.errors import UsageError
 
 if TYPE_CHECKING:
-    from lancet.check import Checkup
+    from lancet.checkup import Checkup
     from lancet.cli.opening import Choice
 
 
@@ -18,8 +17,9 @@ def run(file: Path | None, choice: Choice, json: bool) -> None:
     from dataclasses import replace
 
     from lancet.check import check
+    from lancet.files import text_lines
 
-    texts = _texts(file) if file is not None else None
+    texts = text_lines(file) if file is not None else None
     lab = replace(choice, anyway=True).open()  # what is to be tested is not refused before it was
     done = []
     for sae in lab.saes:
@@ -35,20 +35,11 @@ def run(file: Path | None, choice: Choice, json: bool) -> None:
         sys.exit(1)
 
 
-def _texts(file: Path) -> list[str]:
-    try:
-        texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}; give a file of UTF-8 text, one text a line") from error
-    if not texts:
-        raise UsageError(f"{file} is empty; give one text a line")
-    return texts
-
-
 def told(checkup: Checkup) -> None:
     """One table for each pair, and the reasons under it."""
+    show.heading(checkup.pair)
     rows = [["fine" if f.fine else "POOR", f.what, f.got, f.wanted] for f in checkup.findings]
-    show.table(["", "tested", "got", "wanted"], rows, title=checkup.pair)
+    show.table(["", "tested", "got", "wanted"], rows)
     for finding in checkup.poor:
         if finding.why:
             show.line(f"{finding.what}: {finding.why}", "bold red")

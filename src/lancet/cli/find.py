@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lancet.cli import show
 from lancet.errors import UsageError
+from lancet.files import text_lines
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lancet.cli.opening import Choice
     from lancet.find import Candidate, Found
+    from lancet.naming import Names
+
+WIDE = 120  # columns of a terminal from which every figure has room
+FIGURES = ["AUROC", "unlike", "F1", "token F1", "elsewhere", "nats", "says it", "output"]
+SHORT = ["AUROC", "F1", "says it"]  # of those, where there is little room
 
 
 def run(
@@ -26,72 +35,49 @@ def run(
     choice: Choice,
     json: bool,
 ) -> None:
-    from lancet.find import carriers
+    like, unlike = (
+        [*given, *([] if file is None else text_lines(file))] for given, file in zip((like, unlike), files, strict=True)
+    )
+    if words is not None and (like or unlike or at is not None):
+        raise UsageError("words bring their own sentences: give words alone, or --like with --unlike and --at")
+    if words is None and not like:
+        raise UsageError("no example; give --like SENTENCE (several) or --like-file FILE, or words: lancet find WORDS")
+    from lancet import naming
 
-    like, unlike = [*like, *sentences(files[0])], [*unlike, *sentences(files[1])]
-    if words is not None and like:
-        raise UsageError("give words or --like sentences, not both")
-    if words is not None:
-        like, unlike = carriers(words)
-        at = words
     lab = choice.open()
-    with show.working("finding"):
-        found = lab.find(like, unlike, at, top=top, together=together, blend=blend, causes=causes)
+    told = []
+    for sae in lab.saes:
+        with show.working("finding"):
+            found = lab.find(
+                like if words is None else words,
+                unlike,
+                at,
+                sae=sae.site,
+                top=top,
+                together=together,
+                blend=blend,
+                causes=causes,
+                say=show.say,
+            )
+        told.append(found.to_json())
+        if json:
+            continue
+        if len(lab.saes) > 1:
+            show.heading(f"{sae.name} at {sae.site}")
+        table(found, naming.load(sae))
+        show.say("; ".join(found.notes))
     if json:
-        show.as_json(found.to_json())
-        return
-    table(found)
-    show.say("; ".join([*found.notes, *lab.model.notes]))
+        show.as_json(told[0] if len(told) == 1 else told)
+    else:
+        show.say("; ".join(lab.model.notes))
 
 
-def sentences(file: Path | None) -> list[str]:
-    """The lines of a file that are not empty.
-
-    Raises:
-        UsageError: it cannot be read, or holds none.
-    """
-    if file is None:
-        return []
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}; give a file of UTF-8 text, one sentence a line") from error
-    if not lines:
-        raise UsageError(f"{file} is empty; give one sentence a line")
-    return lines
-
-
-def table(found: Found) -> None:
-    """The candidates, what the few detect together, the baselines and the blend."""
-    rows = [
-        [
-            f"#{c.feature}",
-            does(c),
-            f"{c.auroc:.3f}",
-            f"{c.f1:.2f}",
-            f"{c.elsewhere:.1%}",
-            "" if c.lens is None else f"{c.lens:+.2f}",
-            "" if c.mention is None else f"{c.mention:.1%}",
-            c.fires,
-            c.says,
-            c.logits,
-        ]
-        for c in found.candidates
-    ]
-    head = [
-        "feature",
-        "",
-        "AUROC",
-        "F1",
-        "elsewhere",
-        "nats",
-        "says it",
-        "fires on",
-        "makes the model say",
-        "logit lens",
-    ]
-    title = f"{len(found.like)} examples; words that set them apart: {', '.join(found.says) or 'none'}"
-    show.table(head, rows, right=["AUROC", "F1", "elsewhere", "nats", "says it"], title=title)
+def table(found: Found, names: Names) -> None:
+    """The candidates, those that say the words, what the few detect together, the baselines and the blend."""
+    apart = ", ".join(found.says) or "none"
+    _listed(found.candidates, names, f"{len(found.like)} examples; words that set them apart: {apart}")
+    if found.sayers:
+        _listed(found.sayers, names, f"beside them, the features that most make the model say {found.asked}")
     adds = ", ".join(f"#{f} {a:.3f}" for f, a in zip(found.together, found.adds, strict=True))
     show.line(f"together, AUROC as each joins: {adds}")
     show.line("beside it, AUROC: " + ", ".join(f"{name} {value:.3f}" for name, value in found.baselines.items()))
@@ -104,7 +90,34 @@ def table(found: Found) -> None:
         show.line(f"#{best.feature} fires in {len(best.where)} of {len(found.like)} examples: {seen}")
 
 
-def does(candidate: Candidate) -> str:
-    """ "detects", "causes", both, or nothing."""
-    words = [word for word, is_so in (("detects", candidate.detects), ("causes", candidate.causes)) if is_so]
-    return ", ".join(words)
+def _listed(candidates: Sequence[Candidate], names: Names, title: str) -> None:
+    wide = not sys.stdout.isatty() or show.console().width >= WIDE
+    unlike = any(c.unlike_auroc is not None for c in candidates)
+    chosen = [name for name in (FIGURES if wide else SHORT) if name != "unlike" or unlike]
+    rows = [
+        [
+            f"#{c.feature}{'-' if c.sign < 0 else ''} {names.of_feature(c.feature)}".rstrip(),
+            c.does,
+            *(figures(c)[name] for name in chosen),
+            c.fires,
+            c.says,
+            *([c.logits] if wide else []),
+        ]
+        for c in candidates
+    ]
+    head = ["feature", "does", *chosen, "fires on", "makes it say", *(["logit lens"] if wide else [])]
+    show.table(head, rows, right=FIGURES, title=title)
+
+
+def figures(c: Candidate) -> dict[str, str]:
+    """Every figure of a candidate as it is printed, empty where it was not measured."""
+    return {
+        "AUROC": f"{c.auroc:.3f}",
+        "unlike": "" if c.unlike_auroc is None else f"{c.unlike_auroc:.3f}",
+        "F1": f"{c.f1:.2f}",
+        "token F1": f"{c.token_f1:.2f}",
+        "elsewhere": f"{c.elsewhere:.1%}",
+        "nats": "" if c.lens is None else f"{c.lens:+.2f}",
+        "says it": "" if c.mention is None else f"{c.mention:.1%}",
+        "output": "" if c.output is None else f"{c.output:.2f}",
+    }

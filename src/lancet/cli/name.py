@@ -28,8 +28,8 @@ class Asked:
         wanted = [self.listing, self.remove is not None, self.export is not None, self.take_in is not None]
         if sum(wanted) + (target is not None) != 1:
             raise UsageError(
-                "say one thing: `lancet name 12345 bridge` gives a name, `lancet name bridge` tells what one stands for, "
-                "and there are --list, --remove NAME, --export FILE and --import FILE"
+                "say one thing: `lancet name 12345 bridge` gives a name, `lancet name bridge` tells what it stands "
+                "for, and there are --list, --remove NAME, --export FILE and --import FILE"
             )
 
 
@@ -63,8 +63,8 @@ def give(lab: Lab, target: str, name: str, force: bool, json: bool) -> None:
     if json:
         show.as_json(entry | {"hides": hidden})
         return
-    says = f" ({entry['says']})" if entry["says"] else ""
-    show.line(f"{name} is {entry['stands_for']}{says} of {entry['sae']} from now on")
+    fires = f", which fires on {entry['fires']}," if entry["fires"] else ""
+    show.line(f"{name} is {entry['said'] or entry['stands_for']}{fires} of {entry['sae']} from now on")
     if hidden:
         show.say(f"{hidden}; `lancet name --remove {name}` brings that back")
 
@@ -85,7 +85,7 @@ def tell(lab: Lab, name: str, json: bool) -> None:
 
 def entries(lab: Lab) -> list[dict[str, Any]]:
     """Every name: the user's, then those of the SAEs' cards; {"name", "stands_for", "whose", "sae", "site", "feature",
-    "said", "says", "dose", "hidden"}."""
+    "said", "fires", "says", "dose", "hidden"}."""
     from lancet import naming
 
     out: list[dict[str, Any]] = []
@@ -101,7 +101,8 @@ def entries(lab: Lab) -> list[dict[str, Any]]:
 
 
 def entry_of(lab: Lab, sae: Any, name: str, kept: Any, whose: str) -> dict[str, Any]:
-    says = "" if kept.feature is None else lab.says(kept.feature, sae) or lab.fires(kept.feature, sae)
+    fires = "" if kept.feature is None else lab.fires(kept.feature, sae)
+    says = "" if kept.feature is None else lab.says(kept.feature, sae)
     return {
         "name": name,
         "stands_for": kept.meaning,
@@ -110,6 +111,7 @@ def entry_of(lab: Lab, sae: Any, name: str, kept: Any, whose: str) -> dict[str, 
         "site": str(sae.site),
         "feature": kept.feature,
         "said": kept.said,
+        "fires": fires,
         "says": says,
     }
 
@@ -135,8 +137,8 @@ def table(found: list[dict[str, Any]]) -> None:
     for entry in found:
         stands = entry["said"] or short(entry["stands_for"])
         whose = "yours" if entry["whose"] == "yours" else "card, hidden by yours" if entry["hidden"] else "card"
-        rows.append([entry["name"], stands, entry["says"], entry["dose"] or "", whose, *([entry["site"]] * several)])
-    show.table(["name", "stands for", "about", "dose", "whose", *(["site"] * several)], rows)
+        rows.append([entry["name"], stands, entry["fires"], entry["dose"] or "", whose, *([entry["site"]] * several)])
+    show.table(["name", "stands for", "fires on", "dose", "whose", *(["site"] * several)], rows)
 
 
 def short(blend: str, most: int = 3) -> str:

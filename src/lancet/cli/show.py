@@ -29,15 +29,20 @@ def notes() -> Console:
     return Console(stderr=True, highlight=False, style="dim", soft_wrap=not sys.stderr.isatty())
 
 
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
 class _Say:
-    """`say(line)` is a remark on standard error; `say.progress` shows a download in the line of `working`."""
+    """`say(line)` is a remark on standard error; `say.progress` and `say.step` show in the line of `working` how far a
+    download or some counted work is."""
 
     def __init__(self) -> None:
         self.status: Any = None  # the spinner of `working`, in a terminal
+        self.own: Any = None  # that of `step`, where there is no other
         self.text = ""
 
     def __call__(self, line: str) -> None:
-        notes().print(line, markup=False)
+        notes().print(harmless(line), markup=False)
 
     def progress(self, file: str, done: int, of: int | None) -> None:
         """So many bytes of a file have come."""
@@ -49,6 +54,19 @@ class _Say:
             told = f"{done / 1e6:,.1f} MB" if of is None else f"{done / 1e6:,.1f} of {of / 1e6:,.1f} MB"
             drawn = "" if not of else f" {bar(done, of)}"
             self.status.update(f"{file}{drawn} {told}".replace("[", "("))
+
+    def step(self, text: str, done: int, of: int) -> None:
+        """So many of so many are done; work outside of `working` gets a line of its own."""
+        if not sys.stderr.isatty():
+            return
+        if self.status is None and done < of:
+            self.own = self.status = notes().status(text, spinner=_spinner())
+            self.own.start()
+        if self.status is not None:
+            self.status.update(f"{text} {bar(done, of)} {done:,} of {of:,}" if done < of else self.text)
+        if self.own is not None and done >= of:
+            self.own.stop()
+            self.own = self.status = None
 
 
 say = _Say()
@@ -95,7 +113,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence
             overflow="fold" if first else "ellipsis",
         )
     for row in rows:
-        drawn.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        drawn.add_row(*(cell if isinstance(cell, Text) else Text(harmless(str(cell))) for cell in row))
     console().print(drawn)
 
 
@@ -103,7 +121,7 @@ def heading(text: str) -> None:
     """A heading between the parts of a longer output."""
     if sys.stdout.isatty():
         console().print()
-        console().print(text, style="bold cyan", markup=False)
+        console().print(harmless(text), style="bold cyan", markup=False)
     else:
         print(f"\n{text}")
 
@@ -111,7 +129,7 @@ def heading(text: str) -> None:
 def line(text: str, style: str | None = None) -> None:
     """A line of text, never read as markup."""
     if sys.stdout.isatty():
-        console().print(text, style=style, markup=False)
+        console().print(harmless(text), style=style, markup=False)
     else:
         print(text)
 
@@ -125,10 +143,14 @@ def begin(text: str, style: str) -> None:
 
 
 def piece(text: str) -> None:
-    """Text as it is made: written at once, no line break after it. A model may write control characters; a terminal
-    must not obey them."""
-    sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    """Text as it is made: written at once, no line break after it."""
+    sys.stdout.write(harmless(text))
     sys.stdout.flush()
+
+
+def harmless(text: str) -> str:
+    """Text without control characters: models and files may hold them, and a terminal would obey."""
+    return text.translate(_CONTROL)
 
 
 def bar(value: float, most: float, width: int = 20) -> str:
@@ -143,11 +165,15 @@ def visible(token: str) -> str:
     return token.replace("\n", "\\n").replace("\t", "\\t") if token.strip() or not token else repr(token)
 
 
+def _spinner() -> str:
+    return "dots" if can_show("⠋") else "line"
+
+
 @contextmanager
 def working(text: str) -> Iterator[None]:
     """A spinner on standard error while something runs, in a terminal only."""
     if sys.stderr.isatty():
-        with notes().status(text, spinner="dots" if can_show("⠋") else "line") as say.status:
+        with notes().status(text, spinner=_spinner()) as say.status:
             say.text = text
             try:
                 yield

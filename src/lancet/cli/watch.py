@@ -9,7 +9,7 @@ from lancet.cli import show
 
 if TYPE_CHECKING:
     from lancet.cli.opening import Choice
-    from lancet.watch import Watch
+    from lancet.watch import Context, Watch
 
 
 def run(feature: str, file: Path | None, others: Path | None, plot: Path | None, choice: Choice, json: bool) -> None:
@@ -45,22 +45,31 @@ def told(watch: Watch) -> None:
     for sighting in sorted((s for s in watch.sightings if not s.about and s.value > 0), key=lambda s: -s.value)[:5]:
         show.say(f"also {sighting.value:.1f} at {show.visible(sighting.token)!r} in: {sighting.text[:100]}")
     rows = [
-        [unit.label, f"{unit.auroc:.3f}", f"{unit.level:.2f}", f"{unit.reached} of {unit.of}", unit.where]
+        [
+            unit.label,
+            f"{unit.auroc:.3f}",
+            f"{unit.usual:.2f}",
+            f"{unit.level:.2f}",
+            f"{unit.reached} of {unit.of}",
+            unit.where,
+        ]
         for unit in watch.units
     ]
     show.table(
-        ["", "AUROC", "level", "neutral sentences that reach it", "at"],
+        ["", "AUROC", "usual", "in these", "others half way there", "at"],
         rows,
-        right=["AUROC", "level"],
-        title="which one number tells these sentences from the others",
+        right=["AUROC", "usual", "in these"],
+        title="which single number tells these sentences from the others",
     )
     for unit in watch.units:
-        rows = [
-            [f"{c.value:.2f}", show.visible(c.token), f"...{c.before}[{c.token}]{c.after}..."] for c in unit.contexts
-        ]
-        show.table(
-            ["strength", "token", "where"],
-            rows or [["", "", "nowhere"]],
-            right=["strength"],
-            title=f"{unit.label}: strongest in neutral sentences that are not about it",
-        )
+        show.heading(f"{unit.label}: where it is strongest in neutral sentences that are not about it")
+        rows = [[show.visible(c.token), f"{c.value:.2f}", around(c)] for c in unit.contexts]
+        if rows:
+            show.table(["token", "strength", "where"], rows, right=["strength"])
+        else:
+            show.line("nowhere")
+
+
+def around(context: Context) -> str:
+    """A token with what stands around it, in one line."""
+    return f"...{context.before}[{context.token}]{context.after}...".replace("\n", "\\n")

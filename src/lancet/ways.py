@@ -1,0 +1,135 @@
+"""The ways of making a model speak of a concept that a sweep tries: the target, or what examples suggest; baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lancet import baselines
+from lancet.algebra import Direction, Expression, Ref, substitute
+from lancet.edit import Edit, Operation
+from lancet.errors import UsageError
+from lancet.namefile import Kept, normal
+from lancet.span import Span
+from lancet.units import Amount
+
+if TYPE_CHECKING:
+    from lancet.find import Found
+    from lancet.lab import Lab
+
+STRENGTHS = ("0.15rn", "0.2rn", "0.25rn", "0.3rn", "0.35rn", "0.4rn", "0.45rn", "0.5rn", "0.6rn", "0.75rn")
+TIMES = ("0.5x", "1x", "1.5x", "2x", "3x", "4x")  # what a single feature is set to
+COMPARED = ("0.2rn", "0.3rn", "0.4rn", "0.5rn", "0.6rn", "0.75rn")  # what baselines are tried at
+ORTHOGONAL, PREFIX = "orthogonal (Neuronpedia)", "prompt prefix"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of saying the concept.
+
+    Attributes:
+        name: what it is called in the table.
+        target: what its edits move; None for a way that edits nothing.
+        strengths: operation -> the amounts that are tried.
+        own: whether it may be recommended; the others are baselines.
+        prefix: text put before every prompt.
+    """
+
+    name: str
+    target: Expression | Direction | None
+    strengths: Mapping[Operation, Sequence[Amount]]
+    own: bool = False
+    prefix: str = ""
+
+    def edits(self, span: Span) -> list[Edit | None]:
+        """One for each strength; a single None for a way that edits nothing."""
+        if self.target is None:
+            return [None]
+        return [
+            Edit(self.target, operation, amount, span)  # type: ignore[arg-type] - a Direction is taken as it is
+            for operation, amounts in self.strengths.items()
+            for amount in amounts
+        ]
+
+
+def target_way(
+    lab: Lab, target: int | str | Direction, amounts: Sequence[Amount], operations: Sequence[Operation]
+) -> Way:
+    """The way of a target that was named."""
+    from lancet.grammar import parse_expression
+
+    expression: Any = target
+    if isinstance(target, int):
+        expression = Ref(index=target)
+    elif isinstance(target, str):
+        expression = parse_expression(normal(target))
+    return Way(str(expression), expression, _strengths(lab, expression, amounts, operations), own=True)
+
+
+def suggested(
+    lab: Lab,
+    found: Sequence[Found],
+    keywords: Sequence[str],
+    amounts: Sequence[Amount],
+    operations: Sequence[Operation],
+) -> list[Way]:
+    """The ways that examples suggest: the blend that causes the concept, its fit, the best single feature."""
+    from lancet import fit
+
+    out = []
+    for each in found:
+        site = each.sae.site if len(lab.saes) > 1 else None
+        at = f" at {site}" if site else ""
+        wanted = [*fit.phrases(lab, keywords), *([word] for word in each.words)]
+        targets: dict[str, Expression] = {}
+        if each.parts:
+            targets["blend"] = blended(each.parts, site)
+        if wanted and each.sae.site == each.sae.writes:
+            pool = fit.pool(lab, each.sae, each.like)
+            if pool and (parts := fit.fit(lab, each.sae, pool, wanted)):
+                targets["fitted blend"] = blended(parts, site)
+        causing = [c for c in each.candidates if c.causes] or each.candidates
+        targets["feature"] = Ref(index=max(causing, key=lambda c: c.mention or 0.0).feature, site=site)
+        for what, expression in targets.items():
+            out.append(Way(f"{what}{at}", expression, _strengths(lab, expression, amounts, operations), own=True))
+    return out
+
+
+def blended(parts: Sequence[tuple[int, float]], site: Any = None) -> Expression:
+    """The expression of a blend, weights to four digits, so that what is dosed is what the text of the edit says."""
+    rounded = tuple((index, float(f"{weight:.4g}")) for index, weight in parts)
+    expression = Kept(blend=rounded).expressed
+    return substitute(expression, lambda ref: replace(ref, site=site))
+
+
+def _strengths(
+    lab: Lab, target: Any, amounts: Sequence[Amount], operations: Sequence[Operation]
+) -> dict[Operation, list[Amount]]:
+    found, _ = lab.ready(target, Amount(0.0))
+    single = not isinstance(found, Direction)
+    out: dict[Operation, list[Amount]] = {}
+    for operation in operations:
+        if operation == "set" and single and not found[0].kind.editable:  # type: ignore[index]
+            continue
+        fires = single and float(lab.facts(found[0]).maximum[found[1]]) > 0  # type: ignore[index]
+        grid = TIMES if operation == "set" and fires else STRENGTHS if operation == "add" else COMPARED
+        out[operation] = [a for a in amounts if a.unit != "x" or fires] or [Amount.parse(text) for text in grid]
+    if not out:
+        raise UsageError(f"{target} can only be added to; leave add among the operations")
+    return out
+
+
+def compared(lab: Lab, way: Way, like: Sequence[str], keywords: Sequence[str], amounts: Sequence[Amount]) -> list[Way]:
+    grid = [a for a in amounts if a.unit == "rn"] or [Amount.parse(text) for text in COMPARED]
+    out = []
+    for sae in lab.saes if like else []:
+        at = f" at {sae.writes}" if len(lab.saes) > 1 else ""
+        for name, direction in baselines.directions(lab, sae, like).items():
+            out.append(Way(f"{name}{at}", replace(direction, recipe=f"{name}{at}"), {"add": grid}))
+    assert way.target is not None
+    direction = lab.direction(way.target)
+    out.append(Way(ORTHOGONAL, replace(direction, recipe=f"along {way.name}"), {"set": grid}))
+    if prefix := (f"This is about {', '.join(keywords[:3])}. " if keywords else f"{like[0].strip()} " if like else ""):
+        out.append(Way(PREFIX, None, {}, prefix=prefix))
+    return out
