@@ -66,12 +66,12 @@ def make_gpt2(folder: Path) -> None:
     (folder / "onnx" / "model.safetensors").write_bytes(b"another one's")
 
 
-def make_res_jb(folder: Path) -> None:
+def make_res_jb(folder: Path, d_in: int = 768, d_sae: int = 24576) -> None:
     """The real layout: a config of eight keys that names neither architecture nor basis."""
     folder.mkdir(parents=True)
     config = {
-        "d_in": 768,
-        "d_sae": 24576,
+        "d_in": d_in,
+        "d_sae": d_sae,
         "hook_point": "blocks.6.hook_resid_pre",
         "hook_point_layer": 6,
         "model_name": "gpt2-small",
@@ -81,13 +81,13 @@ def make_res_jb(folder: Path) -> None:
     }
     (folder / "cfg.json").write_text(json.dumps(config))
     weights = {
-        "W_enc": repeated((768, 24576), 0.05, torch.float32),
-        "W_dec": repeated((24576, 768), 0.04, torch.float32),
-        "b_enc": repeated((24576,), 0.1, torch.float32),
-        "b_dec": repeated((768,), 0.1, torch.float32),
+        "W_enc": repeated((d_in, d_sae), 0.05, torch.float32),
+        "W_dec": repeated((d_sae, d_in), 0.04, torch.float32),
+        "b_enc": repeated((d_sae,), 0.1, torch.float32),
+        "b_dec": repeated((d_in,), 0.1, torch.float32),
     }
     save_file(weights, folder / "sae_weights.safetensors")
-    save_file({"sparsity": torch.zeros(24576)}, folder / "sparsity.safetensors")
+    save_file({"sparsity": torch.zeros(d_sae)}, folder / "sparsity.safetensors")
 
 
 def point_at(patch: pytest.MonkeyPatch, url: str, home: Path) -> None:

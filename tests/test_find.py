@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -639,10 +640,76 @@ def test_several_saes_and_other_sites(model: Model, own_cache: Path) -> None:
     assert lab.find(LIKE, causes=False).sae is lab.saes[0]
 
 
+def test_the_json_is_the_documented_one(lab: Lab) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "json.md").read_text(encoding="utf-8")
+    section = page.split("## `lancet find --json`")[1].split("\n## ")[0]
+    told = lab.find(LIKE, UNLIKE).to_json()
+    assert set(re.findall(r"^\| `([a-z]+)`", section, re.MULTILINE)) | set(
+        re.findall(r"`([a-z]+)(?:\[\])?`", section)
+    ) >= (set(told))
+    inner = re.findall(r"`(?:candidates\[\])?\.([a-z_0-9]+)`", section)
+    assert sorted(inner) == sorted([k for k in told["candidates"][0] if k != "where"])
+    assert {"example", "token", "value"} == set(told["candidates"][0]["where"][0])
+
+
 # ---- meaning ---------------------------------------------------------------------------------------------------------
 
 # Written for this test; no training text holds them. Six to find the feature with, six to try it on.
 CONCEPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "the sea": (
+        (
+            "Waves broke over the harbour wall all night long.",
+            "The sailors saw a whale to the north of the island.",
+            "An old lighthouse stands where the sea meets the river.",
+            "Our ship rolled so much that nobody could eat.",
+            "At low tide you can walk across the beach to the wreck.",
+            "The captain steered between the rocks and the shore.",
+        ),
+        (
+            "Fishing boats were waiting for the tide outside the port.",
+            "The ocean was calm and the sails hung down.",
+            "He had crossed the Atlantic in a boat of his own.",
+            "Salt water ran over the deck of the ferry.",
+            "From the cliff we watched the waves roll in.",
+            "A storm had driven the ship onto the beach.",
+        ),
+    ),
+    "music": (
+        (
+            "The choir sang the last hymn a little flat.",
+            "She practised the same waltz on the piano for a week.",
+            "He tuned his guitar behind the curtain.",
+            "The drummer lost the beat in the second song.",
+            "An orchestra of children played the overture.",
+            "Nobody could get that melody out of their head.",
+        ),
+        (
+            "The singer forgot the words of the chorus.",
+            "A trumpet woke us every morning of the festival.",
+            "They danced until the band had packed up.",
+            "Her concert was recorded for the radio.",
+            "The violins come in after the flute.",
+            "He wrote the tune on the back of a ticket.",
+        ),
+    ),
+    "dogs": (
+        (
+            "Our dog barks at the postman and at nobody else.",
+            "The puppy had chewed both of my slippers.",
+            "She whistled, and the old hound came back to her.",
+            "He walks his terrier twice a day, whatever the weather.",
+            "The sheepdog lay down in front of the gate.",
+            "Somebody had tied a brown dog to the lamp post.",
+        ),
+        (
+            "The dog dug up the bone that it had buried.",
+            "A stray dog followed us to the hotel.",
+            "Two puppies slept in the washing basket.",
+            "My uncle breeds poodles and talks to them in French.",
+            "The spaniel shook itself beside the guests.",
+            "He threw the stick, but the dog only looked at him.",
+        ),
+    ),
     "weddings": (
         (
             "The bride tripped over her veil on the way to the altar.",
@@ -661,25 +728,7 @@ CONCEPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Their marriage was registered on a rainy Tuesday.",
         ),
     ),
-    "whales and the sea": (
-        (
-            "Waves broke over the harbour wall all night long.",
-            "The sailors saw a whale to the north of the island.",
-            "An old lighthouse stands where the sea meets the river.",
-            "Our ship rolled so much that nobody could eat.",
-            "At low tide you can walk across the beach to the wreck.",
-            "The captain steered between the rocks and the shore.",
-        ),
-        (
-            "Fishing boats were waiting for the tide outside the port.",
-            "The ocean was calm and the sails hung down.",
-            "He had crossed the Atlantic in a boat of his own.",
-            "Salt water ran over the deck of the ferry.",
-            "From the cliff we watched the waves roll in.",
-            "A storm had driven the ship onto the beach.",
-        ),
-    ),
-    "winter": (
+    "snow and ice": (
         (
             "Snow had covered the tracks by the time we woke.",
             "The lake froze so hard that trucks drove over it.",

@@ -32,6 +32,7 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
         "model",
         "processor",
         "loading",
+        "tails",
         "passes",
         "prompts",
         "intervals",
@@ -40,6 +41,7 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
     {"facts", "reading", "generate", "continuation", "effect", "forced", "controls", "cut", "ablate", "lab"}
     | {"check", "checkup", "feeding", "splice"}
     | {"sweep", "saying", "baselines", "fit", "ways", "dose", "dosing"}
+    | {"logit_lens", "background", "examples", "detect", "effects", "find"}
     | {"projection", "mix", "neurons", "about", "watch"},
     {"figures"},
     {"cli"},

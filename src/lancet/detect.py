@@ -39,17 +39,19 @@ class Figures(NamedTuple):
 
 
 def score(
-    rows: Sequence[Tokens], own: Sentences, against: Sentences | None, base: Background, tokens: Tensor | None
+    rows: Sequence[Tokens], own: Sentences, against: Sequence[Sentences], base: Background, tokens: Tensor | None
 ) -> Tensor:
     """[d_sae] how much each feature speaks for the examples, in nats.
 
     Args:
-        against: counter-examples; what speaks for them speaks against.
+        against: groups of counter-examples; what speaks for one of the groups speaks against.
         tokens: [examples, longest] True where the concept sits, None where that is not known.
     """
+    import torch
+
     found = evidence(own, base) - ENDING * at_the_end(rows, own, base.maximum.d_sae)
-    if against is not None:
-        found = found - evidence(against, base)
+    if against:
+        found = found - torch.stack([evidence(group, base) for group in against]).amax(0)
     found = found + ALIKE_WEIGHT * alike(found, base)
     return found if tokens is None else found + evidence_at(own, base, tokens)
 
@@ -116,6 +118,16 @@ def together(found: Sentences, base: Background, features: Tensor) -> Tensor:
     return base.maximum.surprise(which, maxima.flatten()).view(found.count, -1).sum(1).float()
 
 
+def together_at(found: Sentences, base: Background, features: Tensor, shape: Sequence[int]) -> Tensor:
+    """[texts, longest] summed surprise of a few features at every token, in nats."""
+    import torch
+
+    inside = torch.isin(found.token_feature, features)
+    text, position = found.token_text[inside], found.token_position[inside]
+    told = base.token.surprise(found.token_feature[inside], found.token_value[inside].abs()).float()
+    return torch.zeros(*shape).index_put_((text, position), told, accumulate=True)
+
+
 def adds(own: Sentences, base: Background, features: Tensor) -> tuple[float, ...]:
     """AUROC of the first 1, 2, ... features as one, examples against background."""
     import torch
@@ -136,9 +148,7 @@ def _area(positive: Tensor, negative: Tensor) -> float:
     return float((under + up_to).double().mean() / 2 / len(ordered))
 
 
-def figures(
-    own: Sentences, against: Sentences | None, base: Background, tokens: Tensor, feature: int
-) -> Figures:  # fmt: skip
+def figures(own: Sentences, against: Sequence[Sentences], base: Background, tokens: Tensor, feature: int) -> Figures:
     """What one feature reaches on the examples.
 
     Args:
@@ -153,7 +163,7 @@ def figures(
     fires = torch.tensor([threshold or torch.finfo(torch.float32).tiny])  # no threshold: wherever it fires at all
     return Figures(
         auroc=float(base.maximum.auroc(maxima[:, None], which)[0]),
-        unlike_auroc=None if against is None else _area(maxima, against.dense(which)[:, 0]),
+        unlike_auroc=min((_area(maxima, group.dense(which)[:, 0]) for group in against), default=None),
         f1=f1,
         threshold=threshold,
         elsewhere=float(base.maximum.at_least(which, fires)[0]) / base.maximum.population,

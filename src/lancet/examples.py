@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lancet.tokens import Tokens
 
 WORDS = 12  # at most so many set the examples apart
+SPOKEN = 6.0  # nats, at least, of the leading features at a word of a single example
 CHANCE = 5e-3  # that a word of neutral text came up in so many examples; less, and it sets them apart
 COMMON = 0.02  # share of neutral sentences from which a word says nothing of a concept
 PIECE, SELDOM = 4, 8  # a word's first piece stands for it where it is so long and in so few neutral sentences
@@ -105,23 +106,35 @@ def places(rows: Sequence[Tokens], at: str | None) -> Tensor:
     return out
 
 
-def apart(model: Model, rows: Sequence[Tokens], others: Sequence[Tokens], base: Background) -> list[int]:
-    """Ids of the words that set examples apart, the most telling first: neutral text is not full of them, and that they
-    came up in so many examples would be no chance, going by neutral text and by the counter-examples."""
+def apart(
+    model: Model, rows: Sequence[Tokens], others: Sequence[Tokens], base: Background, told: Tensor | None = None
+) -> list[int]:
+    """Ids of the words that set examples apart, the most telling first.
+
+    Neutral text is not full of them, and that they came up in so many examples would be no chance, going by neutral
+    text and by the counter-examples. A word of a single example must also be one at which the leading features fire:
+    a sentence about a wedding has an altar, and a mill by accident.
+
+    Args:
+        told: [examples, longest] how strongly the leading features speak at each token, in nats.
+    """
     from scipy.stats import binom
 
     counts, against = _counts(rows), _counts(others)
-    least = 2 if len(rows) > 2 else 1
+    spoken: dict[int, float] = {}
+    for row, line in zip(rows, [] if told is None else told.tolist(), strict=told is not None):
+        for i, value in zip(row.ids, line, strict=False):
+            spoken[i] = max(spoken.get(i, 0.0), value)
     scored = []
     for i, count in counts.items():
-        if count < least or not _is_word(model, i):
+        if not _is_word(model, i) or (count == 1 and len(rows) > 2 and spoken.get(i, 0.0) < SPOKEN):
             continue
         usual = (float(base.seen[i]) + 0.5) / (len(base.examples) + 1)
         beside = (against.get(i, 0) + 0.5) / (len(others) + 1) if against.get(i) else 0.0
         chance = float(binom.sf(count - 1, len(rows), max(usual, beside)))
-        if usual <= COMMON and chance <= CHANCE:
-            scored.append((chance, i))
-    return [i for _, i in sorted(scored)[:WORDS]]
+        if usual <= COMMON and chance <= CHANCE * (2 if count == 1 else 1):
+            scored.append((chance, -spoken.get(i, 0.0), i))
+    return [i for *_, i in sorted(scored)[:WORDS]]
 
 
 def _counts(rows: Sequence[Tokens]) -> dict[int, int]:
@@ -147,10 +160,11 @@ def _is_word(model: Model, i: int) -> bool:
 # ---- words instead of sentences ------------------------------------------------------------------------------------
 
 
-def carriers(words: str) -> tuple[list[str], list[str]]:
-    """Sentences that carry some words, and the same sentences with other words in their place.
+def carriers(words: str) -> tuple[list[str], list[list[str]]]:
+    """Sentences that carry some words, and groups of the same sentences with others in their place.
 
-    Words of several that are written small come capitalised in every second sentence, since a name is.
+    Of several words each alone is a group of its own: what fires on anything golden is no bridge. Several that are
+    written small come capitalised in every second sentence, since a name is.
 
     Raises:
         UsageError: no words, or a sentence.
@@ -160,12 +174,22 @@ def carriers(words: str) -> tuple[list[str], list[str]]:
         raise UsageError("no words; give some, such as 'golden gate bridge'")
     if words[-1] in ".!?。！？" or len(words.split()) > MANY or "\n" in words:
         raise UsageError(f"{words[:60]!r} looks like a sentence; give sentences with --like (in Python a list of them)")
-    close = bool(_CLOSE.search(words))
-    carriers, others = (CLOSE_CARRIERS, OTHER_CLOSE_WORDS) if close else (CARRIERS, OTHER_WORDS)
-    name = words.title() if words.islower() and len(words.split()) > 1 else words
+    frames, others = (CLOSE_CARRIERS, OTHER_CLOSE_WORDS) if _CLOSE.search(words) else (CARRIERS, OTHER_WORDS)
+    parts = words.split()
+    alone = [[part] * len(frames) for part in parts if len(part) >= 3] if len(parts) > 1 else []
+    if words.islower() and alone:
+        alone = [_by_turns(part[0]) for part in alone]
+        own = _by_turns(words)
+    else:
+        own = [words] * len(frames)
+
     # Not format(): the words may hold brackets.
-    own = [carrier.replace("{}", name if i % 2 else words) for i, carrier in enumerate(carriers)]
-    return own, [carrier.replace("{}", other) for carrier, other in zip(carriers, others, strict=True)]
+    groups = [[f.replace("{}", w) for f, w in zip(frames, row, strict=True)] for row in (own, others, *alone)]
+    return groups[0], groups[1:]
+
+
+def _by_turns(words: str) -> list[str]:
+    return [words.title() if i % 2 else words for i in range(len(CARRIERS))]
 
 
 def word_ids(model: Model, words: str, base: Background) -> list[list[int]]:

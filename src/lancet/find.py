@@ -220,10 +220,13 @@ def find(
             raise UsageError("words bring their own counter-examples and place; leave unlike and at out, or give "
                              "sentences in a list")  # fmt: skip
         asked, at = like.strip(), like.strip()
-        like, unlike = examples.carriers(like)
+        like, groups_unlike = examples.carriers(like)
+        unlike = [text for group in groups_unlike for text in group]
+    else:
+        groups_unlike = [unlike] if unlike else []
     notes: list[str] = []
     rows = examples.rows(model, like, "like", notes)
-    others = examples.rows(model, unlike, "unlike", notes)
+    others = [examples.rows(model, group, "unlike", notes) for group in groups_unlike]
     if not rows:
         raise UsageError("no example; give at least one sentence about the concept, better six")
     if len(rows) == 1:
@@ -231,16 +234,19 @@ def find(
     tokens = examples.places(rows, at)
     base = background.of(model, chosen, say)
     own = statistics(model, chosen, rows)
-    against = statistics(model, chosen, others) if others else None
+    against = [statistics(model, chosen, group) for group in others]
     score = detect.score(rows, own, against, base, None if at is None else tokens)
     ranked = score.topk(min(max(LENS, top), chosen.d_sae)).indices
     ranked = ranked[score[ranked] > 0]
     if not len(ranked):
         raise UsageError("no feature fires on the examples more than on neutral text; give other examples")
-    groups = examples.word_ids(model, asked, base) if asked else []
-    groups = groups or [[i] for i in examples.apart(model, rows, others, base)]
-    words = tuple(dict.fromkeys(i for ids in groups for i in ids))
     few = ranked[:together]
+    told_at = detect.together_at(own, base, ranked[: detect.LEADERS], tokens.shape)
+    groups = examples.word_ids(model, asked, base) if asked else []
+    groups = groups or [
+        [i] for i in examples.apart(model, rows, [row for group in others for row in group], base, told_at)
+    ]
+    words = tuple(dict.fromkeys(i for ids in groups for i in ids))
     found = Found(
         sae=chosen,
         like=tuple(like),
@@ -299,7 +305,7 @@ def _candidate(
     sae: Sae,
     feature: int,
     own: Sentences,
-    against: Sentences | None,
+    against: Sequence[Sentences],
     base: Background,
     tokens: Tensor,
     rows: Sequence[Tokens],

@@ -90,7 +90,8 @@ class Contexts:
         half = LENGTH // 2
         heads = self.ids[:HEADS, :half]
         found: dict[int, float] = {}
-        for phrase in dict.fromkeys(tuple(phrase) for phrase in phrases):
+        distinct: dict[tuple[int, ...], None] = dict.fromkeys(tuple(phrase) for phrase in phrases)
+        for phrase in distinct:
             share = 1.0
             if len(phrase) > 1:
                 ids = torch.cat([heads, heads.new_tensor(phrase).expand(len(heads), -1)], 1)

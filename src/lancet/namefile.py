@@ -166,6 +166,7 @@ def normal(name: str) -> str:
 
 
 def written(names: Names, sae: Sae) -> dict[str, Any]:
+    """Names as JSON, sorted so that two files can be compared."""
     return {
         "lancet_names": VERSION,
         "key": key(sae),

@@ -267,6 +267,7 @@ def chat(
     anyway: Anyway = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
     json: Json = False,
 ) -> None:
     """A conversation with the edited model, in the terminal or from lines of a pipe."""
@@ -275,7 +276,7 @@ def chat(
     from lancet.generate import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype)
+    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     run(edit or [], system, tokens, plain, sampling, choice, json)
 
 
@@ -287,13 +288,14 @@ def check(
     basis: Basis = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    sae_memory: SaeMemory = "auto",
     json: Json = False,
 ) -> None:
     """Does this SAE belong to this model, at this place, in this basis, and is the model fed as it was trained?"""
     from lancet.cli.check import run
     from lancet.cli.opening import Choice
 
-    run(file, Choice(model, tuple(sae or ()), basis, True, device, dtype), json)
+    run(file, Choice(model, tuple(sae or ()), basis, True, device, dtype, sae_memory), json)
 
 
 @app.command()

@@ -67,7 +67,12 @@ class Talk:
         Raises:
             UsageError, UnknownName: there is no room for one, or an edit cannot be made.
         """
-        prompt = self.lab.tokenize(asked)
+        try:
+            prompt = self.lab.tokenize(asked)
+        except UsageError as error:
+            if len(asked) == len(self.beginning) + 1:
+                raise
+            raise UsageError(f"{error}; /reset forgets the turns before") from error
         room = min(self.tokens, self.lab.model.context - len(prompt))
         if room < 1:
             raise UsageError(

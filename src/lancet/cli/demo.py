@@ -64,7 +64,7 @@ def _found(lab: Lab, told: dict[str, Any], json: bool) -> dict[str, Any]:
     from lancet.cli import find as listed
 
     with show.working("finding the bridge in six sentences"):
-        found = lab.find(EXAMPLES, at="Bridge", top=5)
+        found = lab.find(EXAMPLES, at="Bridge", top=5, say=show.say)
     told["find"] = found.to_json()
     if not json:
         show.heading("The bridge's features, found in six sentences about it")

@@ -12,6 +12,8 @@ from lancet.errors import UsageError
 if TYPE_CHECKING:
     from lancet.cli.opening import Choice
     from lancet.lab import Lab
+    from lancet.naming import Kept
+    from lancet.sae import Sae
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def entries(lab: Lab) -> list[dict[str, Any]]:
     return out
 
 
-def entry_of(lab: Lab, sae: Any, name: str, kept: Any, whose: str) -> dict[str, Any]:
+def entry_of(lab: Lab, sae: Sae, name: str, kept: Kept, whose: str) -> dict[str, Any]:
+    """One name, as in docs/json.md, less its dose."""
     fires = "" if kept.feature is None else lab.fires(kept.feature, sae)
     says = "" if kept.feature is None else lab.says(kept.feature, sae)
     return {
@@ -117,6 +120,7 @@ def entry_of(lab: Lab, sae: Any, name: str, kept: Any, whose: str) -> dict[str, 
 
 
 def listed(lab: Lab, json: bool) -> None:
+    """All names: the user's, then those of the SAEs' cards."""
     found = entries(lab)
     if json:
         show.as_json(found)
@@ -132,6 +136,7 @@ def listed(lab: Lab, json: bool) -> None:
 
 
 def table(found: list[dict[str, Any]]) -> None:
+    """Names as a table."""
     several = len({entry["site"] for entry in found}) > 1
     rows = []
     for entry in found:
@@ -150,6 +155,7 @@ def short(blend: str, most: int = 3) -> str:
 
 
 def export(lab: Lab, file: Path, json: bool) -> None:
+    """Writes the user's names of one SAE."""
     from lancet import naming
 
     if len(lab.saes) > 1:
@@ -162,6 +168,7 @@ def export(lab: Lab, file: Path, json: bool) -> None:
 
 
 def take_in(lab: Lab, file: Path, force: bool, json: bool) -> None:
+    """Takes in the names of a file."""
     from lancet import naming
 
     if len(lab.saes) > 1:
