@@ -1,7 +1,7 @@
 """What `find` reaches on the concept bench: python -m benchmarks.meaning_find [--causes] [--seeds N]
 
-For each concept six sentences (training templates) and the bundled neutral text; scored on held-out templates, twelve of
-each concept against those of all others. Beside it DiffMean and LDA from the same six. Writes meaning_find.json.
+For each concept six sentences (training templates) and the bundled neutral text; scored on held-out templates, twelve
+of each concept against those of all others. Beside it DiffMean and LDA from the same six. Writes meaning_find.json.
 """
 
 from __future__ import annotations

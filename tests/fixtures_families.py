@@ -79,7 +79,8 @@ def _config(name: str, hf: Any) -> Any:
         return HookedTransformerConfig(
             d_model=WIDTH, d_head=8, n_heads=HEADS, d_mlp=HIDDEN, n_layers=LAYERS, n_ctx=CONTEXT,
             eps=said.layer_norm_eps, d_vocab=said.vocab_size, act_fn=said.hidden_act, normalization_type="LN",
-            positional_embedding_type="rotary", rotary_base=said.rope_parameters["rope_theta"], parallel_attn_mlp=True, rotary_dim=4, device="cpu",
+            positional_embedding_type="rotary", rotary_base=said.rope_parameters["rope_theta"], parallel_attn_mlp=True,
+            rotary_dim=4, device="cpu",
             original_architecture="PhiForCausalLM",
         )  # fmt: skip
     if not name.startswith("Gemma"):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = 1 << 20  # from here on a file is stored as the real hub stores weights: by sha256, on a host of its own
@@ -71,7 +72,7 @@ def serving(root: Path) -> Iterator[Hub]:
         def answer(self, body: bool) -> None:
             token = self.headers.get("Authorization")
             hub.asked.append((f"{self.command} {self.path} {self.headers.get('Range') or ''}".strip(), token))
-            path = self.path.split("?")[0]
+            path = unquote(self.path.split("?")[0])
             if cdn := re.fullmatch(r"/cdn/(.+)", path):
                 return self.file(hub.root / cdn[1], body)
             if listed := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
@@ -108,28 +109,28 @@ def serving(root: Path) -> Iterator[Hub]:
 
         def file(self, file: Path, body: bool) -> None:
             size = file.stat().st_size
-            first = 0
+            first, until = 0, size
             if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-                first = int(wanted[1])
+                first, until = int(wanted[1]), min(size, int(wanted[2]) + 1) if wanted[2] else size
                 self.send_response(206)
-                self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
+                self.send_header("Content-Range", f"bytes {first}-{until - 1}/{size}")
             else:
                 self.send_response(200)
             self.facts(file)
-            self.send_header("Content-Length", str(size - first))
+            self.send_header("Content-Length", str(until - first))
             self.end_headers()
             if not body:
                 return
-            end = hub.cut.pop(file.name, size)
+            end = hub.cut.pop(file.name, until)
             with file.open("rb") as source:
                 source.seek(first)
-                left = min(end, size) - first
+                left = min(end, until) - first
                 while left > 0 and (piece := source.read(min(left, 1 << 20))):
                     if file.name in hub.altered:
                         piece = bytes([piece[0] ^ 1]) + piece[1:]
                     self.wfile.write(piece)
                     left -= len(piece)
-            if end < size:
+            if end < until:
                 self.close_connection = True
 
         def files(self, repo: str) -> Iterator[tuple[str, Path, dict[str, object]]]:

@@ -1,5 +1,5 @@
-"""`--model gpt2-small`, from the command line to the end: fetched from a hub on the loopback, converted by sae-lens, put
-into its basis, measured, read, steered, and the demo's whole story told. The weights are random, so the self-test
+"""`--model gpt2-small`, from the command line to the end: fetched from a hub on the loopback, converted by sae-lens,
+put into its basis, measured, read, steered, and the demo's whole story told. The weights are random, so the self-test
 refuses them unless `--anyway` is given, and what the features are is found there and then."""
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from conftest import save_tiny_gpt2
 from fixtures_hub import GPT2, RES_JB, SAES, make_gpt2, make_res_jb, point_at
 from loopback import Hub, serving
@@ -93,27 +92,25 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def test_read_and_steer_gpt2_small(exact: tuple[Hub, Path], run: Callable[..., Done]) -> None:
-    refused = run(exact, "read", TEXT)
-    assert refused.code == 1 and refused.err.splitlines()[-1].startswith(f"lancet: {RES_JB} at ")
-    assert "fails its self-test: the model does not predict text" in refused.err and "`--anyway` goes on" in refused.err
-    assert "fetching openai-community/gpt2 (249 MB)" in refused.err
-
-    done = run(exact, "read", TEXT, "--anyway", "--json")
+def read_and_steer(where: tuple[Hub, Path], run: Callable[..., Done]) -> Done:
+    """What the first command said."""
+    first = done = run(where, "read", TEXT, "--anyway", "--json")
     assert done.code == 0, done.err
     told = json.loads(done.out)
-    assert (told["model"], told["sae"]) == ("gpt2-small", RES_JB)
-    assert "fetching" not in done.err and "features never fired there" in done.err
-    assert 5 < sum(len(token["features"]) > 0 for token in told["tokens"])
+    assert (told["sae"], told["site"]) == (RES_JB, "blocks.6.hook_resid_pre")
+    assert "fetching openai-community/gpt2" in done.err and "features never fired there" in done.err
+    lit = [token["top"] for token in told["tokens"]]
+    assert lit[5] and lit[5][0]["url"].startswith("https://www.neuronpedia.org/gpt2-small/6-res-jb/")
 
-    asked = len(exact[0].asked)
-    edit = f"#{told['tokens'][5]['features'][0]['feature']} += 0.5rn"
-    done = run(exact, "steer", "The cat", edit, "--tokens", "6", "--anyway", "--json")
+    asked = len(where[0].asked)
+    edit = f"#{lit[5][0]['feature']} += 0.5rn"
+    done = run(where, "steer", "The cat", edit, "--tokens", "6", "--anyway", "--json")
     assert done.code == 0, done.err
     plain, steered = json.loads(done.out)
     assert steered["edits"] == [edit] and steered["recipe"]["saes"] == [RES_JB]
-    assert (plain["name"], plain["edits"]) == ("plain", []) and len(plain["tokens"]) > 0
-    assert "measuring" not in done.err and len(exact[0].asked) == asked  # all is here now
+    assert (plain["name"], plain["edits"]) == ("plain", [])
+    assert "measuring" not in done.err and len(where[0].asked) == asked  # all is here now
+    return first
 
 
 def the_whole_story(where: tuple[Hub, Path], run: Callable[..., Done], out: Path) -> None:
@@ -138,10 +135,24 @@ def the_whole_story(where: tuple[Hub, Path], run: Callable[..., Done], out: Path
     assert json.loads(done.out)["steer"] == told["steer"]
 
 
+def test_read_and_steer_by_name(tiny: tuple[Hub, Path], run: Callable[..., Done]) -> None:
+    read_and_steer(tiny, run)
+
+
+def test_random_weights_are_refused_without_anyway(tiny: tuple[Hub, Path], run: Callable[..., Done]) -> None:
+    refused = run(tiny, "read", TEXT)
+    assert refused.code == 1 and not refused.out
+    told = refused.err.splitlines()[-1]
+    assert told.startswith(f"lancet: {RES_JB} at blocks.6.hook_resid_pre of gpt2-small fails its self-test: ")
+    assert "--anyway (anyway=True) opens it all the same" in told
+
+
 def test_demo_by_name(tiny: tuple[Hub, Path], run: Callable[..., Done], tmp_path: Path) -> None:
     the_whole_story(tiny, run, tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_demo_of_gpt2_smalls_exact_shape(exact: tuple[Hub, Path], run: Callable[..., Done], tmp_path: Path) -> None:
+def test_gpt2_smalls_exact_shape(exact: tuple[Hub, Path], run: Callable[..., Done], tmp_path: Path) -> None:
+    first = read_and_steer(exact, run)
+    assert "fetching openai-community/gpt2 (249 MB)" in first.err and "of 24,576 features never" in first.err
     the_whole_story(exact, run, tmp_path / "out")

@@ -163,19 +163,19 @@ def alone(
     return ids, float(np.mean(nats)) if nats else math.nan
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 5, 64])
+@pytest.mark.parametrize("rows_at_once", [7, 64])
 def test_the_sweep_equals_a_plain_loop_without_batching(lab: Lab, rows_at_once: int) -> None:
-    arms = {"low": "#3 += 0.2rn", "high": "#3 += 0.8rn", "set": "#5 = 2x", "end": "#7 += 1rn @ generated"}
+    arms = {"low": "#3 += 0.2rn", "high": "#3 += 0.8rn", "set": "#5 = 2x @ generated"}
     sampling = Sampling()
     with torch.inference_mode():
-        found = write(lab, arms, PROMPTS, (0, 7), 8, {"the": keywords(["the"])}, sampling, rows_at_once=rows_at_once)
+        found = write(lab, arms, PROMPTS, (0, 7), 6, {"the": keywords(["the"])}, sampling, rows_at_once=rows_at_once)
         assert list(found) == ["plain", *arms]
         plain: dict[tuple[int, int], list[int]] = {}
         for arm, texts in found.items():
             assert [(t.prompt, t.seed) for t in texts] == [(p, s) for p in range(3) for s in (0, 7)]
             for text in texts:
                 edit = Edit.parse(arms[arm]) if arm in arms else None
-                ids, nats = alone(lab, PROMPTS[text.prompt], edit, text.seed, 8, sampling)
+                ids, nats = alone(lab, PROMPTS[text.prompt], edit, text.seed, 6, sampling)
                 plain.setdefault((text.prompt, text.seed), ids)
                 assert list(text.ids) == ids
                 assert text.nats == pytest.approx(nats, abs=1e-4, nan_ok=True)
@@ -339,12 +339,17 @@ def test_auto_stands_for_the_dose_and_refuses_where_there_is_none(lab: Lab) -> N
 def neutral(monkeypatch: pytest.MonkeyPatch) -> None:
     from lancet import background
 
-    texts = [f"{a} {b} sat on the mat and the dog sat on the cat {c}" for a in "abc" for b in "de" for c in "fghi"]
+    texts = [
+        f"{a} {b} sat on the mat and the dog, some other animal, sat on the cat {c}"
+        for a in "abc"
+        for b in "de"
+        for c in "fghi"
+    ]
     monkeypatch.setattr(background, "neutral_sentences", lambda count=0: texts)
 
 
 def test_the_fit_descends_its_own_loss(lab: Lab, neutral: None) -> None:
-    """Against finite differences of the loss written out by hand, and: what it fits makes the words likelier."""
+    """Against the loss written out by hand, and: what it fits makes the words likelier."""
     contexts, sae = Contexts(lab, lab.sae()), lab.sae()
     words = Words(torch.tensor([40, 41]), torch.tensor([1.0, 0.5]))
     which = contexts.parts()[0]
@@ -374,7 +379,7 @@ def test_the_fit_descends_its_own_loss(lab: Lab, neutral: None) -> None:
 
     vector = torch.randn(lab.model.d_model, generator=torch.Generator().manual_seed(0))
     for v in (torch.zeros_like(vector), vector):
-        assert float(contexts.loss(v, words, which)) == pytest.approx(by_hand(v), abs=2e-3)
+        assert float(contexts.loss(v, words, which).detach()) == pytest.approx(by_hand(v), abs=2e-3)
     asked = phrases(lab, ["cat"])
     parts = fit(lab, sae, [(i, 1.0) for i in range(32)], asked, most=5)
     assert 1 <= len(parts) <= 5 and all(weight > 0 for _, weight in parts)

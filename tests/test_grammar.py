@@ -188,7 +188,7 @@ MISTAKES = [  # the text, the wrong character's first occurrence from `after` on
     ("#12 *= 2x", "2", 3, "takes a plain factor, got 2x"),
     ("#12 += inf", "i", 0, "write `= 0`"),
     ("#12 += 1e999", "1", 3, "write `= 0`"),
-    ("blocks.8.hook_mlp_out#3 += 2", "b", 0, "sites of kind 'mlp_out' are not supported"),
+    ("blocks.8.hook_scores#3 += 2", "b", 0, "sites of kind 'hook_scores' are not supported"),
     ("#5 - bloks[8]#3 += 2", "b", 0, "'bloks[8]' is not a site"),
     ("#12 +=\n 3 q", "q", 0, "@"),
 ]

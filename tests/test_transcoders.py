@@ -15,6 +15,7 @@ from fixtures_families import family, hooked
 from torch import Tensor
 
 from lancet import facts
+from lancet.edit import RowChange, Step
 from lancet.errors import UsageError
 from lancet.facts import Facts
 from lancet.generate import logits
@@ -170,11 +171,14 @@ def test_an_edit_at_the_stream_reaches_what_the_transcoder_reads(lab: Lab) -> No
     f = lit(both, late)
     tokens = lab.tokenize(TEXT)
     vector = stream.rows(torch.tensor([3]))[0]
-    both.name("push", dataclasses.replace(lab.direction(f"{stream.site}#3"), vector=vector * 4))
+    direction = dataclasses.replace(lab.direction(f"{stream.site}#3"), vector=vector * 4)
+    assert direction.site == late.site
+    scaled = both.steps(f"#{f} *= 4", tokens, len(tokens))
+    push = Step(direction.site, direction, "add", 1.0, scaled[0].mask)
     found: list[Tensor] = []
     with lab.model.at(Site(3), lambda x: found.append(x[0].clone())):
-        both.logits(tokens, ["push += 1", f"#{f} *= 4"])
-        both.logits(tokens, ["push += 1"])
+        for steps in ([push, *scaled], [push]):
+            logits(both.model, [tokens], [{step.site: RowChange([step]) for step in steps}])
     x = lab.model.values(lab.model.batch([tokens]), [Site(2)])[Site(2)][0, 1:] + vector * 4
     expected = late.write(x, 3 * late.encode_at(x, torch.tensor([f])), torch.tensor([f]))
     assert expected.abs().max() > 0.1

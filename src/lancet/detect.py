@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CAP, BEYOND = 5.0, 0.01  # nats, so that no single sentence decides; weight of what lies above
 ENDING = 3.0  # nats off a feature that is strongest at a sentence's closing mark, where much is summed up
 LEADERS, ALIKE, ALIKE_WEIGHT = 8, 20, 0.4  # features that find the neutral sentences most alike; how many; their weight
+WORD_WEIGHT = 0.25  # of the evidence at the words that set the examples apart
 PRIOR = 1e-3  # of the concept in the wild, for the calibrated F1
 RIDGE = 0.01  # of the mean variance, added to LDA's covariance
 

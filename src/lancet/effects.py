@@ -23,7 +23,7 @@ BEGINNINGS = ("I think that", "Yesterday we saw", "My friend told me that", "She
 TOKENS, STRENGTH = 10, 0.45  # of a continuation; rn
 ROWS = 64  # continuations a batch
 OUTPUT_PROMPT, OUTPUT_TIMES, OUTPUT_TOKENS = "From my experience,", 10.0, 20  # the published output score's
-POOL = 60  # features that a blend is chosen from
+LIT, POOL = 4096, 60  # features whose rows are looked at for a blend; features that it is chosen from
 SHORTLIST = 200  # features that the logit lens proposes where the effects of all are not known
 
 
@@ -229,12 +229,13 @@ def blend(
     tokens = float(own.lengths.sum())
     mean = torch.zeros(sae.d_sae).index_add_(0, own.token_feature, own.token_value) / tokens
     difference = mean - base.activation
-    # In units of what they write. A feature that fires less in the examples is none of theirs.
-    strength = (mean.abs() - base.activation.abs()).clamp_min(0) * sae.decoder_norm.cpu()
-    pool = strength.topk(min(POOL, sae.d_sae)).indices
-    pool = pool[strength[pool] > 0]
-    if not len(pool):
+    more = (mean.abs() - base.activation.abs()).clamp_min(0)  # one that fires less in the examples is none of theirs
+    lit = more.topk(min(LIT, sae.d_sae)).indices
+    lit = lit[more[lit] > 0]
+    if not len(lit):
         return (), None
+    strength = more[lit] * sae.rows(lit.to(sae.device)).norm(dim=1).cpu()  # in units of what they write
+    pool = lit[strength.topk(min(POOL, len(lit))).indices]
     signs = difference[pool].sign().to(sae.device)[:, None]
     rows = unit_rows(sae, pool.tolist()) * signs * (lab.facts(sae).norm * effect.STRENGTH)
     causing = pool[towards(lab, sae, rows, words) > 0][:most]

@@ -121,13 +121,16 @@ def apart(
     from scipy.stats import binom
 
     counts, against = _counts(rows), _counts(others)
+    whole = {i for row in rows for p, i in enumerate(row.ids) if _ends_word(row, p)}
     spoken: dict[int, float] = {}
     for row, line in zip(rows, [] if told is None else told.tolist(), strict=told is not None):
         for i, value in zip(row.ids, line, strict=False):
             spoken[i] = max(spoken.get(i, 0.0), value)
     scored = []
     for i, count in counts.items():
-        if not _is_word(model, i) or (count == 1 and len(rows) > 2 and spoken.get(i, 0.0) < SPOKEN):
+        if not _is_word(model, i) or (i not in whole and len(model.decode([i]).strip()) < PIECE):
+            continue
+        if count == 1 and len(rows) > 2 and spoken.get(i, 0.0) < SPOKEN:
             continue
         usual = (float(base.seen[i]) + 0.5) / (len(base.examples) + 1)
         beside = (against.get(i, 0) + 0.5) / (len(others) + 1) if against.get(i) else 0.0
@@ -135,6 +138,17 @@ def apart(
         if usual <= COMMON and chance <= CHANCE * (2 if count == 1 else 1):
             scored.append((chance, -spoken.get(i, 0.0), i))
     return [i for *_, i in sorted(scored)[:WORDS]]
+
+
+def marked(rows: Sequence[Tokens], ids: Sequence[int]) -> Tensor:
+    """[examples, longest] True where one of some tokens stands."""
+    import torch
+
+    wanted = set(ids)
+    out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        out[i, [p for p, token in enumerate(row.ids) if token in wanted]] = True
+    return out
 
 
 def _counts(rows: Sequence[Tokens]) -> dict[int, int]:
@@ -155,6 +169,12 @@ def _is_word(model: Model, i: int) -> bool:
     # SentencePiece drops a leading space when it decodes; the vocabulary's own spelling has it.
     begins = text[:1] == " " or str(model.tokenizer.convert_ids_to_tokens(i))[:1] in "\u2581\u0120"
     return begins and len(word) >= 3 and word.isalpha()
+
+
+def _ends_word(row: Tokens, position: int) -> bool:
+    """Whether a token is the last, or only, piece of a word."""
+    end = row.spans[position][1]
+    return not row.text[end : end + 1].isalnum()
 
 
 # ---- words instead of sentences ------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lancet import splice
 from lancet.checkup import Finding
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 START_TOKENS = 32  # of each text: a start matters most to the tokens just behind it
 START = 0.05  # nats a token that another start may cost less
+ROWS = 5  # texts in a pass: scores over a large vocabulary take much memory
 STEPS = 8  # cached tokens, one a pass, as a generation takes them
 # Starts of text of well-known models, tried where the vocabulary has them: a tokenizer may name another one.
 STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
@@ -40,7 +40,7 @@ def start(model: Model, rows: Sequence[list[int]], figures: dict[str, float]) ->
 
     content = [row if own is None or row[0] != own else row[1:] for row in rows]
     content = [row[: min(START_TOKENS, model.context - 1)] for row in content]
-    costs = {each: _cost_from(model, content, each) for each in (own, *_starts(model))}
+    costs = {each: _cost_from(model, content, each) for each in dict.fromkeys((own, *_starts(model)))}
     best = min(costs, key=lambda each: costs[each])
 
     def told(each: int | None) -> str:
@@ -79,9 +79,17 @@ def _cost_from(model: Model, content: Sequence[list[int]], start: int | None) ->
     import torch
 
     before = [] if start is None else [start]
-    rows = [torch.tensor([[*before, *row]], device=model.device) for row in content if len(row) > 1]
-    count = sum(row.shape[1] - 1 - len(before) for row in rows)
-    return sum(splice.cost(model, row, 1 + len(before)) for row in rows) / max(1, count)
+    first = 1 + len(before)
+    rows = [[*before, *row] for row in content if len(row) > 1]
+    nats, count = 0.0, sum(len(row) - first for row in rows)
+    for begin in range(0, len(rows), ROWS):
+        batch = model.batch(rows[begin : begin + ROWS])
+        with torch.inference_mode():
+            scores = model.forward(batch.ids, batch.mask.long())[:, first - 1 : -1]
+            wanted = batch.mask[:, first:]
+            costs = torch.nn.functional.cross_entropy(scores[wanted].float(), batch.ids[:, first:][wanted])
+        nats += float(costs) * int(wanted.sum())
+    return nats / max(1, count)
 
 
 def cached(model: Model, rows: Sequence[list[int]], figures: dict[str, float]) -> Iterator[Finding]:

@@ -236,16 +236,16 @@ def find(
     own = statistics(model, chosen, rows)
     against = [statistics(model, chosen, group) for group in others]
     score = detect.score(rows, own, against, base, None if at is None else tokens)
+    told_at = detect.together_at(own, base, score.topk(min(detect.LEADERS, len(score))).indices, tokens.shape)
+    apart = examples.apart(model, rows, [row for group in others for row in group], base, told_at)
+    if not asked and apart:  # the words that the first features speak at choose among the features in turn
+        score = score + detect.WORD_WEIGHT * detect.evidence_at(own, base, examples.marked(rows, apart))
     ranked = score.topk(min(max(LENS, top), chosen.d_sae)).indices
     ranked = ranked[score[ranked] > 0]
     if not len(ranked):
         raise UsageError("no feature fires on the examples more than on neutral text; give other examples")
     few = ranked[:together]
-    told_at = detect.together_at(own, base, ranked[: detect.LEADERS], tokens.shape)
-    groups = examples.word_ids(model, asked, base) if asked else []
-    groups = groups or [
-        [i] for i in examples.apart(model, rows, [row for group in others for row in group], base, told_at)
-    ]
+    groups = (examples.word_ids(model, asked, base) if asked else []) or [[i] for i in apart]
     words = tuple(dict.fromkeys(i for ids in groups for i in ids))
     found = Found(
         sae=chosen,
@@ -268,7 +268,8 @@ def find(
     told: dict[int, float] = {}
     measured: dict[int, dict[str, Any]] = {}
     if not words:
-        notes.append("no word sets the examples apart, so nothing can be said of causes; give more examples")
+        why = "the vocabulary has no token for these words" if asked else "no word sets the examples apart"
+        notes.append(f"{why}, so what causes it cannot be measured; give {'' if asked else 'more '}example sentences")
     elif causes:
         told = effects.saying(lab, chosen, groups, SAYERS, notes) if asked else {}
         features = [*likeliest, *(f for f in told if f not in likeliest)]

@@ -91,9 +91,10 @@ class Contexts:
         heads = self.ids[:HEADS, :half]
         found: dict[int, float] = {}
         distinct: dict[tuple[int, ...], None] = dict.fromkeys(tuple(phrase) for phrase in phrases)
-        for phrase in distinct:
+        for phrase in map(list, distinct):
             share = 1.0
-            if len(phrase) > 1:
+            beginning, *rest = phrase
+            if rest:
                 ids = torch.cat([heads, heads.new_tensor(phrase).expand(len(heads), -1)], 1)
                 keep = self.content[:1, :1].new_ones(1, ids.shape[1], 1)
                 keep[:, 0] = self.content[0, 0]
@@ -104,7 +105,7 @@ class Contexts:
                 with torch.inference_mode(), self.model.at(self.site, add):
                     told = self.model.forward(ids)[:, half:-1].float().log_softmax(-1)
                 share = float(told.gather(-1, ids[:, half + 1 :, None])[..., 0].sum(1).exp().mean())
-            found[phrase[0]] = min(1.0, found.get(phrase[0], 0.0) + share)
+            found[beginning] = min(1.0, found.get(beginning, 0.0) + share)
         ids = torch.tensor(list(found), device=self.ids.device)
         return Words(ids, torch.tensor(list(found.values()), device=self.ids.device))
 

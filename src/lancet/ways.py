@@ -121,6 +121,7 @@ def _strengths(
 
 
 def compared(lab: Lab, way: Way, like: Sequence[str], keywords: Sequence[str], amounts: Sequence[Amount]) -> list[Way]:
+    """The ways that stand beside the one that is dosed, each over its own grid of strengths."""
     grid = [a for a in amounts if a.unit == "rn"] or [Amount.parse(text) for text in COMPARED]
     out = []
     for sae in lab.saes if like else []:

@@ -59,6 +59,7 @@ class Talk:
         self.ready([*self.messages, user("hello")])  # refuses a model without a template, and edits that do not apply
 
     def reset(self) -> None:
+        """Forgets all but the system turn."""
         self.messages, self.asked = list(self.beginning), None
 
     def ready(self, asked: Messages) -> int:
@@ -169,6 +170,7 @@ class Talk:
 
 
 def user(said: str) -> dict[str, str]:
+    """A user's turn."""
     return {"role": "user", "content": said}
 
 

@@ -60,7 +60,8 @@ def run(out: Path, choice: Choice, json: bool) -> None:
 
 
 def _found(lab: Lab, told: dict[str, Any], json: bool) -> dict[str, Any]:
-    """The bridge's entry for a pair without a table: its detector, and the blend that causes it, under its name."""
+    """The bridge's entry for a pair without a table: its detector, and the blend that causes it."""
+    from lancet import naming
     from lancet.cli import find as listed
 
     with show.working("finding the bridge in six sentences"):
@@ -68,10 +69,10 @@ def _found(lab: Lab, told: dict[str, Any], json: bool) -> dict[str, Any]:
     told["find"] = found.to_json()
     if not json:
         show.heading("The bridge's features, found in six sentences about it")
-        listed.table(found)
+        listed.table(found, naming.load(lab.sae()))
     best = found.candidates[0]
-    lab.name(CONCEPT, found.blend if found.blend is not None else best.feature)
-    return {"feature": best.feature, "blend": list(found.parts), "dose_rn": UNKNOWN_DOSE}
+    target = " + ".join(f"{weight:.4g} * #{feature}" for feature, weight in found.parts) or f"#{best.feature}"
+    return {"feature": best.feature, "blend": list(found.parts), "dose_rn": UNKNOWN_DOSE, "target": f"({target})"}
 
 
 def _read(lab: Lab, out: Path, json: bool) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _fires(lab: Lab, feature: int, json: bool) -> list[dict[str, Any]]:
 
 def _steer(lab: Lab, entry: dict[str, Any], json: bool) -> list[dict[str, Any]]:
     dose = entry["dose_rn"]
-    edits = [f"{CONCEPT} += {dose * strength:.2f}rn" for strength in STRENGTHS]
+    edits = [f"{entry.get('target', CONCEPT)} += {dose * strength:.2f}rn" for strength in STRENGTHS]
     jobs = [(PROMPT, edit, seed, edit or "plain") for edit in (None, *edits) for seed in SEEDS]
     rows = lab.run(jobs, tokens=28)
     if not json:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lancet.find import Candidate, Found
     from lancet.naming import Names
 
-WIDE = 120  # columns of a terminal from which every figure has room
+WIDE, WIDEST = 120, 180  # columns of a terminal from which every figure has room, and the logit lens too
 FIGURES = ["AUROC", "unlike", "F1", "token F1", "elsewhere", "nats", "says it", "output"]
 SHORT = ["AUROC", "F1", "says it"]  # of those, where there is little room
 
@@ -91,7 +91,8 @@ def table(found: Found, names: Names) -> None:
 
 
 def _listed(candidates: Sequence[Candidate], names: Names, title: str) -> None:
-    wide = not sys.stdout.isatty() or show.console().width >= WIDE
+    width = show.console().width if sys.stdout.isatty() else WIDEST
+    wide, widest = width >= WIDE, width >= WIDEST
     unlike = any(c.unlike_auroc is not None for c in candidates)
     chosen = [name for name in (FIGURES if wide else SHORT) if name != "unlike" or unlike]
     rows = [
@@ -101,11 +102,11 @@ def _listed(candidates: Sequence[Candidate], names: Names, title: str) -> None:
             *(figures(c)[name] for name in chosen),
             c.fires,
             c.says,
-            *([c.logits] if wide else []),
+            *([c.logits] if widest else []),
         ]
         for c in candidates
     ]
-    head = ["feature", "does", *chosen, "fires on", "makes it say", *(["logit lens"] if wide else [])]
+    head = ["feature", "does", *chosen, "fires on", "makes it say", *(["logit lens"] if widest else [])]
     show.table(head, rows, right=FIGURES, title=title)
 
 
