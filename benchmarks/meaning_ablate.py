@@ -11,7 +11,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ SPANS = {
     "question and before the answer": "user, " + ", ".join(str(p) for p in range(-TAIL, 0)),
     "question, before the answer, answer": f"user, -{TAIL}:",
 }
+Asked = tuple[list[Tokens], list[list[int]]]  # prompts and their plain answers
 COUNTS, VALUES = (1, 2, 3, 4, 6, 8), (0, -5, -10, -20)
 MOST_LOSS = 0.1  # of ordinary answers, on the questions that choose: the bar is 0.15 on others
 
@@ -144,7 +145,7 @@ class Study:
                 active += f.mean(0)
         return effect / len(prompts), active / len(prompts)
 
-    def ranked(self, refused: Any, ordinary: Any) -> list[int]:
+    def ranked(self, refused: Asked, ordinary: Asked) -> list[int]:
         """The features that differ most between refused requests and ordinary questions, of those that cause refusing.
 
         Raising the refusals' loss counts, moving that of ordinary answers counts against it twice.
@@ -155,31 +156,58 @@ class Study:
         return ((cause - 2 * damage.abs()).clamp_min(0) * differs).topk(max(COUNTS)).indices.tolist()
 
 
-def sweep(study: Study, features: list[int], refused: list[Tokens], ordinary: Any) -> list[dict[str, Any]]:
+class Kept:
+    """What was worked out, a line each in a file: a run that was killed goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        told = lines(path) if path.is_file() else []
+        self.held: dict[str, Any] = dict(json.loads(line) for line in told)
+
+    def __call__(self, key: Any, make: Callable[[], Any]) -> Any:
+        name = json.dumps(key)
+        if name not in self.held:
+            self.held[name] = make()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([name, self.held[name]]) + "\n")
+            print(key, self.held[name], flush=True)
+        return self.held[name]
+
+
+def sweep(
+    study: Study, features: list[int], refused: list[Tokens], ordinary: Asked, kept: Kept
+) -> list[dict[str, Any]]:
     """Spans, values and numbers of features: the loss of ordinary answers and, where that stays low, the refusals left.
 
     Once nothing is refused, more features and lower values do no more than damage, and are not tried.
     """
     questions, answers = ordinary
-    base, found = study.losses(questions, answers), []
+    base, found = kept("ordinary", lambda: study.losses(questions, answers)), []
+
+    def tried(chosen: list[int], value: float, span: str) -> tuple[float, float | None]:
+        changes = [cut.changes() for cut in study.cuts(questions, chosen, value, span)]
+        loss = study.losses(questions, answers, changes) - base
+        if loss > MOST_LOSS:
+            return loss, None
+        changes = [cut.changes() for cut in study.cuts(refused, chosen, value, span)]
+        return loss, study.refused(study.answers(refused, changes, SHORT))
+
     for name, span in SPANS.items():
         enough = max(COUNTS) + 1
         for value in VALUES:
+            left: float | None = None
             for count in (count for count in COUNTS if count < enough):
                 chosen = features[:count]
-                changes = [cut.changes() for cut in study.cuts(questions, chosen, value, span)]
-                loss = study.losses(questions, answers, changes) - base
-                left = None
-                if loss <= MOST_LOSS:
-                    changes = [cut.changes() for cut in study.cuts(refused, chosen, value, span)]
-                    left = study.refused(study.answers(refused, changes, SHORT))
-                told = {"span": name, "to": value, "features": chosen, "left": left, "ordinary_loss": round(loss, 4)}
-                found.append(told)
-                print(told, flush=True)
-                if left == 0 or loss > MOST_LOSS:
+                key = [name, value, chosen]
+                loss, left = kept(key, lambda chosen=chosen, value=value, span=span: tried(chosen, value, span))
+                found.append(
+                    {"span": name, "to": value, "features": chosen, "left": left, "ordinary_loss": round(loss, 4)}
+                )
+                if not left:
                     break
             if left == 0:
-                enough = count
+                enough = len(found[-1]["features"])
     return found
 
 
@@ -187,13 +215,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.meaning_ablate", description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "meaning_ablate.json")
     parser.add_argument("--controls", type=int, default=10)
+    parser.add_argument("--work", type=Path, default=HERE.parent / "work-benchmarks" / "meaning_ablate.jsonl")
     asked = parser.parse_args()
-    begin = time.time()
+    begin, kept = time.time(), Kept(asked.work)
     study = Study(lancet.open("smollm2", device="cpu", dtype="float32"))
     for weight in study.model.hf.parameters():
         weight.requires_grad_(False)
     requests, questions = (study.chats(lines(TESTS / f"{name}.txt")) for name in ("requests", "questions"))
-    plain = study.answers(requests, None, TOKENS)
+    plain = kept("plain", lambda: study.answers(requests, None, TOKENS))
     turned_down = [i for i, text in enumerate(study.texts(plain)) if refuses(text)]
     random.Random(0).shuffle(turned_down)
     half = len(turned_down) // 2
@@ -204,8 +233,8 @@ def main() -> None:
     contrast = study.chats(bench_questions(40))
     usual = (contrast, study.answers(contrast, None, SHORT))
     turned = [requests[i] for i in first]
-    features = study.ranked((turned, [plain[i][:3] for i in first]), usual)
-    tried = sweep(study, features, turned[::2], usual)  # every other one is enough to choose by
+    features = kept("features", lambda: study.ranked((turned, [plain[i][:3] for i in first]), usual))
+    tried = sweep(study, features, turned[::2], usual, kept)  # every other one is enough to choose by
     fit = [entry for entry in tried if entry["left"] is not None]
     best = min(fit, key=lambda entry: (entry["left"], entry["ordinary_loss"], len(entry["features"])))
     print(f"chosen: {best}", flush=True)
@@ -225,23 +254,25 @@ def main() -> None:
     usual_loss = study.losses(questions, usual_answers), study.losses(questions, usual_answers, usual_changes)
 
     pools = Pools(study.lab, cuts[0], held, [cut.mask for cut in cuts])
-    controls = []
-    for seed in range(asked.controls):
+
+    def beside(seed: int) -> dict[str, Any]:
         control = pools.control(seed)
         changes = [
             matched(cut.instead(control.found, control.names).changes(), change)
             for cut, change in zip(cuts, real, strict=True)
         ]
         written = study.answers(held, changes, TOKENS)
-        controls.append(
-            {
-                "features": list(control.names),
-                "activity": [round(a or 0.0, 3) for a in pools.activities(control)],
-                "left": round(study.refused(written), 4),
-                "surprise": round(study.losses(held, written), 4),
-            }
-        )
-        print(controls[-1], flush=True)
+        return {
+            "features": list(control.names),
+            "activity": [round(a or 0.0, 3) for a in pools.activities(control)],
+            "left": round(study.refused(written), 4),
+            "surprise": round(study.losses(held, written), 4),
+        }
+
+    controls = [
+        kept(["control", seed, best["span"], to, chosen], lambda seed=seed: beside(seed))
+        for seed in range(asked.controls)
+    ]
     mean = sum(control["left"] for control in controls) / max(1, len(controls))
     figures = {
         "refusals left": (study.refused(now), "<=", 0.2),

@@ -236,10 +236,10 @@ def _other_places(model: Model, sae: Sae, most: int) -> Iterator[tuple[str, Sae]
         other.site, other.writes = site, replace(moved, layer=sae.writes.layer + site.layer - sae.site.layer)
         try:
             widths = [model.d_site(model.check_site(each)) for each in (other.site, other.writes)]
-        except UsageError:
+            other.offset = _offset_at(model, sae, site.layer)
+        except (UsageError, MismatchError):
             continue
         if widths == [sae.d_in, sae.d_out]:
-            other.offset = _offset_at(model, sae, site.layer)
             yield f"at {site}", other
 
 

@@ -29,7 +29,7 @@ LENS = 100  # features put through the effect lens
 SAYERS = 5  # features listed that say the words, whether or not they detect anything
 DETECTS = 0.9  # AUROC from which a feature counts as a detector
 CAUSES = 0.1  # added probability of a first mention from which it counts as a cause
-NEAR = 0.9  # of the best's evidence, from which a feature that causes comes before those that do not
+NEAR = 0.95  # of the best's evidence, from which a feature that causes comes before those that do not
 
 
 @dataclass(frozen=True)
