@@ -26,7 +26,7 @@ def run(settings: Settings) -> Iterator[Figure]:
     from lancet.precision import choose_dtype
 
     remark("lancet read on smollm2")
-    folder = embedded.ensure()
+    folder = embedded.SMOLLM2.ensure()
     dtype = str(choose_dtype("auto", "cpu")[0]).removeprefix("torch.")
     if dtype == "bfloat16":
         folder = embedded.bfloat16_folder(folder)

@@ -71,6 +71,8 @@ def test_bootstrap_agrees_with_scipy_and_draws_whole_groups() -> None:
     theirs = bootstrap((means,), np.mean, n_resamples=5000, method="percentile", rng=rng).confidence_interval
     assert (grouped.low, grouped.high) == pytest.approx((theirs.low, theirs.high), abs=0.06)
     assert math.isnan(intervals.mean([math.nan]).value)
+    one = intervals.mean([1.0, 2.0, 3.0, 4.0], [0, 0, 0, 0])  # a single prompt must not look like certainty
+    assert one.low < 2 < 3 < one.high
 
 
 def test_harmonic_mean_equals_scipy() -> None:

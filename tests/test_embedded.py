@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lancet import embedded
+from lancet import wheels
+from lancet.embedded import SMOLLM2, Embedded
 from lancet.errors import DamagedError, LancetError, MissingError
 from lancet.loading import open_model
 from lancet.model import Model
@@ -42,6 +43,12 @@ Where is Rome?<|im_end|>
 """
 
 
+def the_gguf() -> Path:
+    parts = SMOLLM2.parts()
+    assert parts is not None
+    return parts[0]
+
+
 @pytest.mark.parametrize("text", FIXED_IDS)
 def test_fixed_ids(smollm2_f32: Model, text: str) -> None:
     assert list(smollm2_f32.tokenize(text).ids) == [0, *FIXED_IDS[text]]
@@ -63,11 +70,10 @@ def test_chat_template(smollm2_f32: Model) -> None:
 
 
 def test_the_cached_tokenizer_is_the_one_that_this_code_writes(tmp_path: Path) -> None:
-    gguf = embedded.find_gguf()
-    assert gguf is not None
-    embedded._write_tokenizer(gguf, tmp_path)
+    gguf = the_gguf()
+    SMOLLM2.tokenizer(gguf, tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / name).read_text()) == json.loads((embedded.ensure() / name).read_text()), name
+        assert json.loads((tmp_path / name).read_text()) == json.loads((SMOLLM2.ensure() / name).read_text()), name
 
 
 # ---- the start token -------------------------------------------------------------------------------------------------
@@ -175,8 +181,7 @@ def _plain_forward(weight: _Gguf, ids: list[int]) -> Tensor:
 
 
 def test_logits_equal_a_forward_pass_over_the_files_own_tensors(smollm2_f32: Model) -> None:
-    gguf = embedded.find_gguf()
-    assert gguf is not None
+    gguf = the_gguf()
     tokens = smollm2_f32.tokenize("The Golden Gate Bridge is located in San Francisco.")
     with torch.no_grad():
         ours = smollm2_f32.hf(input_ids=torch.tensor([tokens.ids])).logits[0]
@@ -226,19 +231,18 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _nothing_left(cache: Path) -> bool:
     kept = {cache / "models", cache / "processor.json"}
-    return not embedded.ready() and not [path for path in cache.rglob("*") if path not in kept]
+    return not SMOLLM2.ready() and not [path for path in cache.rglob("*") if path not in kept]
 
 
 def test_missing_altogether(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "find_gguf", lambda: None)
+    monkeypatch.setattr(Embedded, "parts", lambda self: None)
     with pytest.raises(MissingError, match="`lancet get smollm2`"):
         open_model("smollm2")
     assert _nothing_left(empty_cache)
 
 
 def test_gguf_of_another_hash(empty_cache: Path, tmp_path: Path) -> None:
-    gguf = embedded.find_gguf()
-    assert gguf is not None
+    gguf = the_gguf()
     bad = Path(shutil.copy(gguf, tmp_path / gguf.name))
     with bad.open("r+b") as file:
         file.seek(50_000_000)
@@ -246,8 +250,8 @@ def test_gguf_of_another_hash(empty_cache: Path, tmp_path: Path) -> None:
         file.seek(50_000_000)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(DamagedError) as caught:
-        embedded.convert(bad)
-    assert f"sha256 {embedded.sha256(bad)[:16]}..., expected {embedded.GGUF_SHA256[:16]}..." in str(caught.value)
+        SMOLLM2.convert(bad)
+    assert f"sha256 {wheels.sha256(bad)[:16]}..., expected {SMOLLM2.gguf_sha256[:16]}..." in str(caught.value)
     assert _nothing_left(empty_cache)
 
 
@@ -262,20 +266,20 @@ def _copy_of_cache(source: Path, target: Path, weights_bytes: int) -> None:
 def test_truncated_weights(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as real:
         real.delenv("LANCET_CACHE")
-        source = embedded.ensure()
-    _copy_of_cache(source, embedded.folder(), 1_000_000)
+        source = SMOLLM2.ensure()
+    _copy_of_cache(source, SMOLLM2.folder(), 1_000_000)
     with pytest.raises(DamagedError) as caught:
         open_model("smollm2", device="cpu", dtype="float32")
-    assert f"delete {embedded.folder()} and run `lancet get smollm2`" in str(caught.value)
+    assert f"delete {SMOLLM2.folder()} and run `lancet get smollm2`" in str(caught.value)
 
 
 def test_truncated_bfloat16_copy(empty_cache: Path, smollm2_bf16: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as real:
         real.delenv("LANCET_CACHE")
-        source = embedded.ensure()
-    embedded.folder().parent.mkdir(parents=True)
-    embedded.folder().symlink_to(source)
-    copy = embedded.folder().with_name(embedded.folder().name + "-bfloat16")
+        source = SMOLLM2.ensure()
+    SMOLLM2.folder().parent.mkdir(parents=True)
+    SMOLLM2.folder().symlink_to(source)
+    copy = SMOLLM2.folder().with_name(SMOLLM2.folder().name + "-bfloat16")
     _copy_of_cache(source.with_name(source.name + "-bfloat16"), copy, 1_000_000)
     with pytest.raises(DamagedError) as caught:
         open_model("smollm2", device="cpu", dtype="bfloat16")
@@ -283,11 +287,10 @@ def test_truncated_bfloat16_copy(empty_cache: Path, smollm2_bf16: Model, monkeyp
 
 
 def test_too_little_disk_is_seen_before_anything_is_written(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gguf = embedded.find_gguf()
-    assert gguf is not None
+    gguf = the_gguf()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(LancetError, match="900 MB needed, 1 MB free") as caught:
-        embedded.convert(gguf)
+        SMOLLM2.convert(gguf)
     assert "LANCET_CACHE" in str(caught.value)
     assert _nothing_left(empty_cache)
 
@@ -314,11 +317,10 @@ def test_disk_that_fills_up_while_writing(
         Path(path).write_bytes(b"half")
         raise error
 
-    gguf = embedded.find_gguf()
-    assert gguf is not None
+    gguf = the_gguf()
     # Dequantising again would take 20 s; the model that it gives is at hand.
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: smollm2_f32.hf)
     monkeypatch.setattr(safetensors.torch, "save_file", half_written)
     with pytest.raises(LancetError, match="the disk is full"):
-        embedded.convert(gguf)
+        SMOLLM2.convert(gguf)
     assert _nothing_left(empty_cache)

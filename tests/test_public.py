@@ -24,6 +24,8 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
         "bench",
         "scoring",
         "embedded",
+        "gguf_tokenizer",
+        "wheels",
         "architectures",
         "features",
         "weights",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 LEVEL = 0.95
 DRAWS = 2000
+FEW = 4  # groups below which a draw of whole groups says nothing
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def mean(values: Sequence[float], groups: Sequence[int] | None = None, seed: int
     Args:
         values: one a text.
         groups: which texts belong together (one prompt's): whole groups are drawn, since texts of one prompt are
-            alike; each text by itself where None.
+            alike; each text by itself where None, or where there are too few groups to draw from.
         seed: of the draws.
     """
     import numpy as np
@@ -61,6 +62,8 @@ def mean(values: Sequence[float], groups: Sequence[int] | None = None, seed: int
     given, labels = given[fine], labels[fine]
     if not len(given):
         return Interval(math.nan, math.nan, math.nan)
+    if len(np.unique(labels)) < FEW:
+        labels = np.arange(len(given))
     _, which = np.unique(labels, return_inverse=True)
     sums, counts = np.bincount(which, given), np.bincount(which)
     drawn = np.random.default_rng(seed).integers(0, len(sums), (DRAWS, len(sums)))

@@ -108,6 +108,8 @@ def _rest() -> list[Kept]:
     root = cache_dir()
     kinds = {
         "facts": "what was measured about SAEs",
+        "background": "what SAEs do on neutral text",
+        "checks": "what self-tests found",
         "basis": "in which basis SAEs of unknown origin were found to be",
         "hashes": "hashes of files",
         "catalogue": "the lists of SAEs and models, read out of their packages",

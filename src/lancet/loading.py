@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-NAMES: dict[str, Callable[[Say], Path]] = {embedded.NAME: embedded.ensure}
+NAMES: dict[str, Callable[[Say], Path]] = {name: model.ensure for name, model in embedded.MODELS.items()}
 # The SAE that a model is opened with where none is named: (release, id), of the best known release alone.
 DEFAULT_SAES = {"openai-community/gpt2": ("gpt2-small-res-jb", "blocks.6.hook_resid_pre")}
 

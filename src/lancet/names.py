@@ -26,7 +26,10 @@ MOVED = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-EMBEDDED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # Lancet's own short name
+EMBEDDED = {  # Lancet's own short names, and the models that they are 4-bit copies of
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gemma3-270m": "google/gemma-3-270m",
+}
 
 
 def package_folder(package: str) -> Path:

@@ -459,11 +459,16 @@ def use(
 
 
 @app.command()
-def get(name: Annotated[str, typer.Argument(help="smollm2, a model as for --model, or an SAE as RELEASE/ID.")]) -> None:
+def get(
+    name: Annotated[str, typer.Argument(help="smollm2, gemma3-270m, a model as for --model, or an SAE as RELEASE/ID.")],
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the model's own terms without being asked.")
+    ] = False,
+) -> None:
     """Fetch a model or an SAE ahead of its use, and make it ready; what is here is checked."""
     from lancet.cli.get import run
 
-    run(name)
+    run(name, accept_terms)
 
 
 cache = typer.Typer(invoke_without_command=True)

