@@ -126,13 +126,13 @@ def test_a_wide_sae_is_measured_on_less_text(model: Model, monkeypatch: pytest.M
 
 
 def test_a_million_features_take_minutes_not_hours(model: Model) -> None:
-    """By its multiplications: two cores do some 5e10 a second."""
+    """By its multiplications: two cores do some 1e11 a second (4,159 tokens took 85 s)."""
     sae = sae_of(model)
     sae.W_enc, sae.W_dec = torch.empty(2304, 1_000_000, device="meta"), torch.empty(1_000_000, 2304, device="meta")
     row = model.tokenize("the cat sat on the mat " * 10)
     kept = passes.affordable(model, sae, [row] * 1000)
     tokens = sum(map(len, kept))
-    assert tokens > 2000 and tokens * passes.work(model, sae) / 5e10 < 300
+    assert tokens > 2000 and tokens * passes.work(model, sae) / 1e11 < 300
 
 
 def test_facts_tell_how_far_they_are_and_on_what_they_stand(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,14 @@ def test_bits_on_cuda_need_bitsandbytes(bits: str) -> None:
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_opened_in_fewer_bits(bits: str, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    plain, packed = open_model("smollm2", "cpu", "bfloat16"), open_model("smollm2", "cpu", quantize=bits)
-    assert packed.hf.get_memory_footprint() < 0.8 * plain.hf.get_memory_footprint()
+    try:
+        packed = open_model("smollm2", "cpu", quantize=bits)
+    except MissingError as error:
+        if bits == "8bit" or "packs 4bit weights for cards alone; on the CPU take 8bit" not in str(error):
+            raise
+        pytest.skip(str(error))
+    plain = open_model("smollm2", "cpu", "bfloat16")
+    assert precision.held_bytes(packed.hf) < 0.8 * precision.held_bytes(plain.hf)
     batch = plain.batch([plain.tokenize("The Golden Gate Bridge is in San Francisco.")])
     for kind in KINDS:
         one, other = (m.values(batch, [Site(12, kind)])[Site(12, kind)].float() for m in (plain, packed))

@@ -655,6 +655,8 @@ def open_lab(
     basis: str | None = None,
     anyway: bool = False,
     sae_memory: str = "auto",
+    quantize: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Lab:
     """Opens a model and its SAEs.
 
@@ -669,6 +671,8 @@ def open_lab(
         anyway: open SAEs that were trained on another model, or that fail the self-test, too.
         sae_memory: "auto" (half of what is free) or a size such as "2GB" that the SAEs' matrices may take on a card. An
             SAE that takes more stays on the CPU, mapped, and only the rows and columns that are needed go over.
+        quantize: "8bit" or "4bit" weights, where the libraries are installed; see `precision.choose`.
+        device_map: spreads the model over devices through accelerate; see `precision.choose`.
 
     Raises:
         UnknownName, MissingError, MismatchError, DamagedError: see `lancet.errors`.
@@ -677,7 +681,7 @@ def open_lab(
     from lancet.units import size
 
     left = size(sae_memory)
-    opened = open_model(model, device, dtype, say)
+    opened = open_model(model, device, dtype, say, quantize, device_map)
     names: Sequence[str | None] = [sae] if sae is None or isinstance(sae, str) else list(sae)
     pairs = []
     for name in names:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 2048  # tokens of one pass of the model, padding counted
 CHUNK = 8192  # tokens of texts that are sorted by length among themselves: reading may end after each chunk
-WORK, WORK_ON_CARD = 1e13, 4e14  # multiplications: three minutes of two cores, a minute or two of a home card
+WORK, WORK_ON_CARD = 2e13, 4e14  # multiplications: three minutes of two cores, a minute or two of a home card
 LEAST = 1024  # tokens that are read whatever they cost
 ENTRIES = 50_000_000  # active features in all, after which reading ends: 3,000 a token, where a sparse code has 100
 PURSUED = 64  # features that matching pursuit chooses a token, each with a product of its own, where none says how many

@@ -17,6 +17,7 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BITS: tuple[Quantize, ...] = ("8bit", "4bit")
 GROUP = 32  # weights that share a scale in 4 bits on a processor; the smallest that torchao knows, and the most exact
+FOUR_BITS = "torchao>=0.15,<0.17"  # later ones pack 4 bits for cards alone
 SHRINKS_TO = 0.8  # of the plain size; less of a saving means that the library found nothing to quantise
 
 
@@ -47,12 +48,24 @@ class Precision:
         Raises:
             UsageError: the library that quantises found nothing to quantise.
         """
-        if self.quantize and hf.get_memory_footprint() > SHRINKS_TO * plain_bytes:
+        if self.quantize and held_bytes(hf) > SHRINKS_TO * plain_bytes:
             raise UsageError(
                 f"{name} was not made smaller by --quantize {self.quantize}: its {type(hf).__name__} has few layers of "
                 f"the kind that is quantised on {self.device}; leave it out"
             )
         return hf if "device_map" in self.arguments or self.device == "cpu" else hf.to(self.device)
+
+
+def held_bytes(hf: Any) -> int:
+    """What a model's weights really take: transformers counts torchao's packed ones at their plain size."""
+    return sum(_bytes(tensor) for tensor in (*hf.parameters(), *hf.buffers()))
+
+
+def _bytes(tensor: Any) -> int:
+    tensor = getattr(tensor, "data", tensor)
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 def choose(
@@ -116,7 +129,7 @@ def _quantization(quantize: Quantize, kind: str, dtype: torch.dtype) -> Any:
             bnb_4bit_use_double_quant=True,
         )
     if kind == "cpu":
-        _need("torchao", f"{quantize} weights on the CPU", "torchao>=0.15")
+        _need("torchao", f"{quantize} weights on the CPU", FOUR_BITS)
         from transformers import TorchAoConfig
 
         if quantize == "8bit":
@@ -128,15 +141,17 @@ def _quantization(quantize: Quantize, kind: str, dtype: torch.dtype) -> Any:
 
 
 def _four_bits_on_a_processor() -> Any:
-    try:  # torchao moved the packing that processors multiply
-        from torchao.prototype.int4_opaque_tensor import (  # type: ignore[import-not-found]
-            Int4WeightOnlyOpaqueTensorConfig,
-        )
-    except ImportError:
-        from torchao.quantization import Int4WeightOnlyConfig  # type: ignore[import-not-found]
+    from importlib import metadata
 
-        return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="opaque")
-    return Int4WeightOnlyOpaqueTensorConfig(group_size=GROUP)
+    from torchao.quantization import Int4WeightOnlyConfig  # type: ignore[import-not-found]
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat  # type: ignore[import-not-found]
+
+    if "opaque" not in {str(each.value) for each in Int4PackingFormat}:  # the packing that processors multiply
+        raise MissingError(
+            f"torchao {metadata.version('torchao')} packs 4bit weights for cards alone; on the CPU take 8bit, or "
+            f"pip install '{FOUR_BITS}'"
+        )
+    return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="opaque")
 
 
 def _need(package: str, what: str, requirement: str = "") -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lancet.cli.opening import Choice
+from lancet.cli.options import opens
 from lancet.errors import UsageError
 
 app = typer.Typer(
@@ -19,25 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(help="smollm2, gpt2-small, owner/name on the hub, or a folder. Left out: the pair of `lancet use`."),
-]
-SaeOption = Annotated[
-    list[str] | None,
-    typer.Option("--sae", help="RELEASE/ID (see `lancet saes`), a site, or a folder; may be given several times."),
-]
-Basis = Annotated[
-    str | None, typer.Option(help="plain or centred: how the SAE's model was loaded, where nothing states it.")
-]
-Anyway = Annotated[
-    bool, typer.Option("--anyway", help="Open an SAE that was trained on another model, or fails its self-test.")
-]
-Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-SaeMemory = Annotated[
-    str, typer.Option(help="What SAEs may take on a card, such as 2GB; the rest stays on the CPU. auto: half of it.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md has its shape).")]
 
 
@@ -72,6 +55,7 @@ def root(
 
 
 @app.command()
+@opens
 def read(
     text: Annotated[str, typer.Argument(help="The text to read; - reads standard input.")],
     at: Annotated[str | None, typer.Option(help="Show the recipe of these characters alone, such as Bridge.")] = None,
@@ -86,20 +70,12 @@ def read(
     direction: Annotated[
         str | None, typer.Option(help="Read this direction, such as 'love - romance', instead of features.")
     ] = None,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """Which features fire on which token, and how much of the vector they explain."""
-    from lancet.cli.opening import Choice
     from lancet.cli.read import run, run_direction
 
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     if direction is not None:
         if at is not None or plot is not None:
             raise UsageError("--direction tells every token in a table; leave --at and --plot out")
@@ -109,6 +85,7 @@ def read(
 
 
 @app.command()
+@opens
 def steer(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
     edits: Annotated[list[str], typer.Argument(help="Edits such as '#123 += 0.5rn', 'bridge = 2x @ generated'.")],
@@ -122,26 +99,19 @@ def steer(
     repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.1,
     seed: Annotated[int, typer.Option(help="Same seed, same draws for every row.")] = 0,
     blunt: Annotated[bool, typer.Option("--blunt", help="Replace the vector by the decoded features.")] = False,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """Continue a prompt with features forced on, held or switched off, beside the plain continuation."""
-    from lancet.cli.opening import Choice
     from lancet.cli.steer import run
     from lancet.generate import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     run(given(prompt), edits, tokens, plain, chat, samples, sampling, blunt, choice, json)
 
 
 @app.command()
+@opens
 def find(
     words: Annotated[
         str | None, typer.Argument(help="Words instead of sentences, such as 'golden gate bridge'.")
@@ -155,25 +125,18 @@ def find(
     together: Annotated[int, typer.Option(help="How many features detect it as one.")] = 4,
     blend: Annotated[int, typer.Option(help="The most features of the blend that causes it.")] = 10,
     causes: Annotated[bool, typer.Option("--causes/--no-causes", help="Measure what the features cause.")] = True,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """Which features are the concept: those that detect it, those that make the model say it."""
     from lancet.cli.find import run
-    from lancet.cli.opening import Choice
 
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     files = (like_file, unlike_file)
     run(words, like or [], unlike or [], files, at, top, together, blend, causes, choice, json)
 
 
 @app.command()
+@opens
 def watch(
     feature: Annotated[str, typer.Argument(help="A feature's number or name.")],
     file: Annotated[
@@ -181,24 +144,17 @@ def watch(
     ] = None,
     others: Annotated[Path | None, typer.Option(help="Sentences that are not, one a line; else bundled ones.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the feature beside the neurons to this file.")] = None,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """One feature over many sentences, beside the single neurons that tell the same sentences apart best."""
-    from lancet.cli.opening import Choice
     from lancet.cli.watch import run
 
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     run(feature, file, others, plot, choice, json)
 
 
 @app.command()
+@opens
 def name(
     target: Annotated[
         str | None, typer.Argument(help="A feature's number or an expression; or a name, to see what it stands for.")
@@ -211,46 +167,32 @@ def name(
         Path | None, typer.Option("--import", metavar="FILE", help="Take in names that --export wrote.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Give a name away that stands for something else.")] = False,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """Give a feature, a blend or an expression a name, kept with its SAE and usable wherever a feature is."""
     from lancet.cli.name import Asked, run
-    from lancet.cli.opening import Choice
 
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     run(target, called, Asked(listing, remove, export, take_in), force, choice, json)
 
 
 @app.command()
+@opens
 def mix(
     expression: Annotated[str, typer.Argument(help="Such as 'love - romance' or 'unit(#12) - 0.5 * #77'.")],
     near: Annotated[int, typer.Option(help="Nearest features listed.")] = 8,
     strength: Annotated[float, typer.Option(help="At which its effect is measured, of the typical norm.")] = 0.35,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """What a direction made of features or sentences is: its length, its neighbours, its effect, its parts."""
     from lancet.cli.mix import run
-    from lancet.cli.opening import Choice
 
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     run(expression, near, strength, choice, json)
 
 
 @app.command()
+@opens
 def chat(
     edit: Annotated[list[str] | None, typer.Option(help="An edit, such as 'refusal = 0 @ assistant'.")] = None,
     system: Annotated[str | None, typer.Option(help="A system turn to begin with.")] = None,
@@ -261,44 +203,32 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="1 changes nothing.")] = 1.1,
     seed: Annotated[int, typer.Option(help="Same seed, same draws.")] = 0,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """A conversation with the edited model, in the terminal or from lines of a pipe."""
     from lancet.cli.chat import run
-    from lancet.cli.opening import Choice
     from lancet.generate import Sampling
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     run(edit or [], system, tokens, plain, sampling, choice, json)
 
 
 @app.command()
+@opens
 def check(
     file: Annotated[Path | None, typer.Option(help="Texts to measure on, one a line; left out, bundled ones.")] = None,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(anyway=True),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """Does this SAE belong to this model, at this place, in this basis, and is the model fed as it was trained?"""
     from lancet.cli.check import run
-    from lancet.cli.opening import Choice
 
-    run(file, Choice(model, tuple(sae or ()), basis, True, device, dtype, sae_memory), json)
+    run(file, choice, json)
 
 
 @app.command()
+@opens
 def dose(
     prompts: Annotated[
         list[str] | None,
@@ -329,18 +259,11 @@ def dose(
     name: Annotated[str, typer.Option(help="Name what is recommended, so that edits can use it.")] = "",
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the dose, for `+= auto`.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Draw the dose-response curve to this file.")] = None,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """How strong an edit must be: the strength that makes the model speak of a concept at the least harm."""
     from lancet.cli.dose import run
-    from lancet.cli.opening import Choice
     from lancet.dose import Limits
     from lancet.generate import Sampling
 
@@ -349,7 +272,7 @@ def dose(
         None if what == "-" else what,
         like_file,
         plot,
-        Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory),
+        choice,
         json,
         prompts=given_prompts,
         like=like or [],
@@ -369,26 +292,21 @@ def dose(
 
 
 @app.command()
+@opens
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("lancet-demo"),
-    model: Annotated[
-        str, typer.Option(help="As elsewhere; gpt2-small tells the manual's story on its own pair.")
-    ] = "smollm2",
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    choice: Choice = Choice(model="smollm2"),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
-    """The whole story: read the bridge, find its feature and prove it, force it on."""
+    """The whole story: read the bridge, find its feature and prove it, force it on. `--model gpt2-small` tells it on
+    the pair of the manual that began all this."""
     from lancet.cli.demo import run
-    from lancet.cli.opening import Choice
 
-    run(out, Choice(model, tuple(sae or ()), basis, anyway, device, dtype), json)
+    run(out, choice, json)
 
 
 @app.command()
+@opens
 def ablate(
     prompt: Annotated[str, typer.Argument(help="The text; - reads standard input.")],
     features: Annotated[
@@ -411,22 +329,14 @@ def ablate(
     top: Annotated[int, typer.Option(help="Tokens (with --each: features) listed.")] = 10,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Of the draws, and of the choice of controls.")] = 0,
-    model: Model = None,
-    sae: SaeOption = None,
-    basis: Basis = None,
-    anyway: Anyway = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    sae_memory: SaeMemory = "auto",
+    choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """Cut features out: what the next token, the loss and the text become, beside random features cut as hard."""
     from lancet.cli.ablate import run
-    from lancet.cli.opening import Choice
     from lancet.generate import Sampling
 
     sampling = Sampling(temperature=temperature, seed=seed)
-    choice = Choice(model, tuple(sae or ()), basis, anyway, device, dtype, sae_memory)
     how = (each, at, span, to, everywhere, controls, tokens, chat, top)
     run(given(prompt), features or [], *how, sampling, choice, json)
 
@@ -449,7 +359,7 @@ def saes(
 @app.command()
 def use(
     name: Annotated[str | None, typer.Argument(help="A model, as for --model; left out, the choice is shown.")] = None,
-    sae: SaeOption = None,
+    sae: Annotated[list[str] | None, typer.Option(help="Its SAE, as for --sae elsewhere; several times.")] = None,
     json: Json = False,
 ) -> None:
     """Choose the model (and SAEs) that every command opens where none is named."""

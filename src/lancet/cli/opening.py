@@ -26,6 +26,7 @@ class Choice:
     anyway: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
     sae_memory: str = "auto"
 
     def named(self) -> Choice:
@@ -55,4 +56,5 @@ class Choice:
                 full.basis,
                 full.anyway,
                 full.sae_memory,
+                full.quantize,
             )
