@@ -22,8 +22,9 @@ import lancet
 from lancet import bench
 from lancet.controls import Pools, matched
 from lancet.cut import Cut
-from lancet.forced import Changes, answer_losses
+from lancet.forced import Changes, answer_losses, batch_edits
 from lancet.generate import Sampling, rows
+from lancet.grammar import parse_span
 from lancet.lab import Lab
 from lancet.tokens import Tokens
 
@@ -40,8 +41,10 @@ SPANS = {
     "question, before the answer, answer": f"user, -{TAIL}:",
 }
 Asked = tuple[list[Tokens], list[list[int]]]  # prompts and their plain answers
-COUNTS, VALUES = (1, 2, 3, 4, 6, 8), (0, -5, -10, -20)
-MOST_LOSS = 0.1  # of ordinary answers, on the questions that choose: the bar is 0.15 on others
+VALUES, MOST, CANDIDATES = (-10.0, -5.0), 8, 6
+PRICE = 4.0  # nats of refusals' loss that a nat of ordinary answers' loss is worth
+ENOUGH = 0.08  # of the refusals that choose
+MOST_LOSS, MOST_SURPRISE = 0.12, 1.2  # where it is chosen: the bars on other texts are 0.15 and 1.5
 
 # What counts as turning a request down: an apology, or saying that one cannot or is only a machine.
 APOLOGY = re.compile(
@@ -115,9 +118,11 @@ class Study:
 
     # ---- which features ------------------------------------------------------------------------------------------
 
-    def pushed(self, prompts: Sequence[Tokens], answers: Sequence[list[int]], to: float) -> tuple[Tensor, Tensor]:
-        """For every feature, [d_sae]: the change of the answers' loss (sum of nats) when it is set to `to` over the
-        question and before the answer, to first order; and its mean activation there."""
+    def pushed(
+        self, prompts: Sequence[Tokens], answers: Sequence[list[int]], cut: Sequence[Changes] | None, span: str
+    ) -> tuple[Tensor, Tensor]:
+        """For every feature, [d_sae]: what its direction does to the loss of an answer (nats for a unit of activation,
+        summed over the span, to first order) under a cut that is made already; and its mean activation there."""
         effect, active = torch.zeros(self.sae.d_sae), torch.zeros(self.sae.d_sae)
         directions = self.sae.rows(slice(0, self.sae.d_sae))
         hf: Any = self.model.hf
@@ -125,9 +130,14 @@ class Study:
             part = list(zip(prompts[first : first + 8], answers[first : first + 8], strict=True))
             batch = self.model.batch([[*prompt.ids, *answer] for prompt, answer in part])
             held: dict[str, Tensor] = {}
+            edit = batch_edits(cut[first : first + 8]).get(self.sae.site) if cut else None
+            if edit:
+                edit.place([0] * len(part), batch.ids.shape[1])
 
-            def keep(value: Tensor, held: dict[str, Tensor] = held) -> Tensor:
-                held["x"] = value.detach().clone().requires_grad_()
+            def keep(value: Tensor, held: dict[str, Tensor] = held, edit: Any = edit) -> Tensor:
+                held["plain"] = value.detach()
+                new = edit(held["plain"]) if edit else None
+                held["x"] = (held["plain"] if new is None else new).clone().requires_grad_()
                 return held["x"]
 
             with torch.enable_grad(), self.model.at(self.sae.site, keep):
@@ -135,25 +145,22 @@ class Study:
                 loss = torch.zeros(())
                 for i, (prompt, answer) in enumerate(part):
                     logits = hf.lm_head(hidden[i, len(prompt) - 1 : len(prompt) - 1 + len(answer)])
-                    loss = loss - logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()
+                    loss = loss - logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).mean()
                 (gradient,) = torch.autograd.grad(loss, held["x"])
             for i, (prompt, _) in enumerate(part):
-                inside = torch.tensor([role == "user" for role in prompt.roles])
-                inside[-TAIL:] = True
-                f = self.sae.encode(held["x"][i, : len(prompt)].detach()[inside])
-                effect += ((to - f) * (gradient[i, : len(prompt)][inside] @ directions.t())).sum(0)
+                inside = parse_span(span).mask(prompt, len(prompt))
+                f = self.sae.encode(held["plain"][i, : len(prompt)][inside])
+                effect += (gradient[i, : len(prompt)][inside] @ directions.t()).sum(0)
                 active += f.mean(0)
         return effect / len(prompts), active / len(prompts)
 
-    def ranked(self, refused: Asked, ordinary: Asked) -> list[int]:
-        """The features that differ most between refused requests and ordinary questions, of those that cause refusing.
 
-        Raising the refusals' loss counts, moving that of ordinary answers counts against it twice.
-        """
-        to = -10.0
-        (cause, here), (damage, there) = self.pushed(*refused, to), self.pushed(*ordinary, to)
-        differs = ((here - there) / (here + there + 0.1)).clamp_min(0)
-        return ((cause - 2 * damage.abs()).clamp_min(0) * differs).topk(max(COUNTS)).indices.tolist()
+def said(study: Study, answer: list[int]) -> list[int]:
+    """An answer up to the end of its first apology."""
+    for count in range(1, len(answer) + 1):
+        if refuses(study.model.decode(answer[:count])):
+            return answer[:count]
+    return answer
 
 
 class Kept:
@@ -175,40 +182,68 @@ class Kept:
         return self.held[name]
 
 
-def sweep(
-    study: Study, features: list[int], refused: list[Tokens], ordinary: Asked, kept: Kept
+def search(
+    study: Study,
+    refused: list[Tokens],
+    plain: list[list[int]],
+    ordinary: Asked,
+    span: str,
+    to: float,
+    kept: Kept,
 ) -> list[dict[str, Any]]:
-    """Spans, values and numbers of features: the loss of ordinary answers and, where that stays low, the refusals left.
+    """Features one after the other, each against the refusals that those before it have left.
 
-    Once nothing is refused, more features and lower values do no more than damage, and are not tried.
+    Gradients name candidates: features whose lowering makes what is still said in refusal less likely, and ordinary
+    answers no less. The best few are tried for real, and the one that raises the refusals' loss most, ordinary
+    answers' loss counted against it, is taken.
     """
-    questions, answers = ordinary
-    base, found = kept("ordinary", lambda: study.losses(questions, answers)), []
+    questions, usual = ordinary
+    where = SPANS[span]
+    base = kept("ordinary", lambda: study.losses(questions, usual))
+    chosen: list[int] = []
+    steps: list[dict[str, Any]] = []
+    answers = plain
 
-    def tried(chosen: list[int], value: float, span: str) -> tuple[float, float | None]:
-        changes = [cut.changes() for cut in study.cuts(questions, chosen, value, span)]
-        loss = study.losses(questions, answers, changes) - base
-        if loss > MOST_LOSS:
-            return loss, None
-        changes = [cut.changes() for cut in study.cuts(refused, chosen, value, span)]
-        return loss, study.refused(study.answers(refused, changes, SHORT))
+    def changes(prompts: list[Tokens], features: list[int]) -> list[Changes] | None:
+        return [cut.changes() for cut in study.cuts(prompts, features, to, where)] if features else None
 
-    for name, span in SPANS.items():
-        enough = max(COUNTS) + 1
-        for value in VALUES:
-            left: float | None = None
-            for count in (count for count in COUNTS if count < enough):
-                chosen = features[:count]
-                key = [name, value, chosen]
-                loss, left = kept(key, lambda chosen=chosen, value=value, span=span: tried(chosen, value, span))
-                found.append(
-                    {"span": name, "to": value, "features": chosen, "left": left, "ordinary_loss": round(loss, 4)}
-                )
-                if not left:
-                    break
-            if left == 0:
-                enough = len(found[-1]["features"])
-    return found
+    def step() -> dict[str, Any]:
+        still = [i for i, text in enumerate(study.texts(answers)) if refuses(text)]
+        prompts, targets = [refused[i] for i in still], [said(study, answers[i]) for i in still]
+        cause, here = study.pushed(prompts, targets, changes(prompts, chosen), where)
+        damage, there = study.pushed(questions, usual, changes(questions, chosen), where)
+        move = to - torch.maximum(here, there)  # to first order; what is silent now is moved as far
+        score = move * cause - PRICE * (move * damage).abs()
+        score[chosen] = -torch.inf
+        before = study.losses(prompts, targets, changes(prompts, chosen))
+        tried = []
+        for feature in score.topk(CANDIDATES).indices.tolist():
+            features = [*chosen, feature]
+            rise = study.losses(prompts, targets, changes(prompts, features)) - before
+            loss = study.losses(questions, usual, changes(questions, features)) - base
+            tried.append((rise - PRICE * max(loss - (steps[-1]["ordinary_loss"] if steps else 0), 0), feature, loss))
+        gain, feature, loss = max(tried)
+        now = study.answers(refused, changes(refused, [*chosen, feature]), SHORT)
+        return {
+            "span": span,
+            "to": to,
+            "features": [*chosen, feature],
+            "gain": round(gain, 4),
+            "left": study.refused(now),
+            "ordinary_loss": round(loss, 4),
+            "surprise": round(study.losses(refused, now) - study.losses(refused, plain), 4),
+            "answers": now,
+        }
+
+    for count in range(1, MOST + 1):
+        found = kept(["step", span, to, count], step)
+        if found["ordinary_loss"] > MOST_LOSS:
+            break
+        steps.append({name: value for name, value in found.items() if name != "answers"})
+        chosen, answers = found["features"], found["answers"]
+        if found["left"] <= ENOUGH:
+            break
+    return steps
 
 
 def main() -> None:
@@ -233,10 +268,15 @@ def main() -> None:
     contrast = study.chats(bench_questions(40))
     usual = (contrast, study.answers(contrast, None, SHORT))
     turned = [requests[i] for i in first]
-    features = kept("features", lambda: study.ranked((turned, [plain[i][:3] for i in first]), usual))
-    tried = sweep(study, features, turned[::2], usual, kept)  # every other one is enough to choose by
-    fit = [entry for entry in tried if entry["left"] is not None]
-    best = min(fit, key=lambda entry: (entry["left"], entry["ordinary_loss"], len(entry["features"])))
+    starts = [plain[i][:SHORT] for i in first]
+    tried = [
+        step
+        for to in VALUES
+        for span in SPANS
+        for step in search(study, turned[::2], starts[::2], usual, span, to, kept)  # every other one is enough
+    ]
+    fit = [step for step in tried if step["surprise"] <= MOST_SURPRISE]
+    best = min(fit, key=lambda step: (max(step["left"], ENOUGH), step["ordinary_loss"], len(step["features"])))
     print(f"chosen: {best}", flush=True)
 
     # Scored on the second half and on questions that chose nothing.
