@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lancet.sae import Sae
 
 TRIED = 30  # features tried on continuations
-BEGINNINGS = ("I think that", "Yesterday we saw", "My friend told me that", "She wanted to talk about")
+BEGINNINGS = ("I think that", "Yesterday we saw", "Someone once said that", "She wanted to talk about")
 TOKENS, STRENGTH = 10, 0.45  # of a continuation; rn
 ROWS = 64  # continuations a batch
 OUTPUT_PROMPT, OUTPUT_TIMES, OUTPUT_TOKENS = "From my experience,", 10.0, 20  # the published output score's
