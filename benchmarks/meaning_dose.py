@@ -26,7 +26,7 @@ PLACES = (
     "airplane", "camping", "old_ruins",
 )  # fmt: skip
 EXAMPLES = 40
-STRENGTHS = ("0.3rn", "0.4rn", "0.5rn", "0.6rn", "0.7rn")
+STRENGTHS = ("0.4rn", "0.5rn", "0.6rn", "0.7rn")
 HERE = Path(__file__).parent
 
 

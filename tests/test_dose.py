@@ -21,7 +21,7 @@ from lancet.dose import Limits, Row, best, measured, score
 from lancet.doses import parse, written
 from lancet.edit import Edit, RowChange
 from lancet.errors import UsageError
-from lancet.fit import Contexts, Words, fit, phrases
+from lancet.fit import PRICE, Contexts, Words, fit, phrases, pursue
 from lancet.generate import Sampling, choose, logits
 from lancet.intervals import Interval
 from lancet.lab import Lab
@@ -377,22 +377,34 @@ def test_the_fit_descends_its_own_loss(lab: Lab, neutral: None) -> None:
             p = told[:, 40].exp() + 0.5 * told[:, 41].exp()
             total.append(-(1 - (1 - p).prod()).log())
             surprise.append(-(told.exp() * plain).sum(-1).mean())
-        return float(torch.stack(total).mean() + torch.stack(surprise).mean() - torch.stack(plain_entropy).mean())
+        return float(
+            torch.stack(total).mean() + PRICE * (torch.stack(surprise).mean() - torch.stack(plain_entropy).mean())
+        )
 
     vector = torch.randn(lab.model.d_model, generator=torch.Generator().manual_seed(0))
     for v in (torch.zeros_like(vector), vector):
         assert float(contexts.loss(v, words, which).detach()) == pytest.approx(by_hand(v), abs=2e-3)
     asked = phrases(lab, ["cat"])
-    parts = fit(lab, sae, [(i, 1.0) for i in range(32)], asked, most=5)
-    assert 1 <= len(parts) <= 5 and all(weight > 0 for _, weight in parts)
+    start = torch.randn(lab.model.d_model, generator=torch.Generator().manual_seed(2))
+    parts = fit(lab, sae, start, asked, most=5)
+    assert 1 <= len(parts) <= 5
     made = sum(weight * sae.rows(torch.tensor([i]))[0] for i, weight in parts)
     assert isinstance(made, torch.Tensor)
     wanted = contexts.shares(asked, made)
-    equal = sum(sae.rows(torch.tensor([i]))[0] for i in range(32))
-    assert isinstance(equal, torch.Tensor)
-    start = equal / equal.norm() * 0.35 * lab.facts().norm
+    start = start / start.norm() * 0.35 * lab.facts().norm
     every = torch.arange(len(contexts.ids))
     assert contexts.loss(made, wanted, every) < contexts.loss(start, wanted, every) - 0.05
+
+
+def test_matching_pursuit_equals_scikit_learn(lab: Lab) -> None:
+    from sklearn.linear_model import orthogonal_mp
+
+    sae, vector = lab.sae(), torch.randn(lab.model.d_model, generator=torch.Generator().manual_seed(3))
+    unit = torch.nn.functional.normalize(sae.rows(slice(0, sae.d_sae)).float(), dim=1)
+    theirs = torch.as_tensor(orthogonal_mp(unit.t().double().numpy(), vector.double().numpy(), n_nonzero_coefs=7))
+    features, weights = pursue(sae, vector, 7)
+    ours = torch.zeros(sae.d_sae, dtype=torch.double).index_put((features,), weights.double())
+    assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_the_likelihood_gradient_equals_finite_differences(lab: Lab) -> None:

@@ -41,13 +41,17 @@ def directions(lab: Lab, sae: Sae, like: Sequence[str]) -> dict[str, Direction]:
         values = [mean_value(lab, sae, part) for part in (rows, neutral)]
         return {"DiffMean": Direction(sae.writes, values[0] - values[1], "DiffMean"), **out}
     base, own = background.of(lab.model, sae), background.statistics(lab.model, sae, rows)
-    difference = own.values.mean(0) - base.examples.mean(0)
     through = seen_through(sae, own, base)
     return {
-        "DiffMean": Direction(sae.writes, difference, "DiffMean"),
+        "DiffMean": Direction(sae.writes, difference_of_means(own, base), "DiffMean"),
         "DiffMean through the SAE": Direction(sae.writes, through, "DiffMean through the SAE"),
         **out,
     }
+
+
+def difference_of_means(own: background.Sentences, base: background.Background) -> Tensor:
+    """[d_out] mean over examples of their mean value less that of neutral sentences."""
+    return own.values.mean(0) - base.examples.mean(0)
 
 
 def difference_of_features(sae: Sae, own: background.Sentences, base: background.Background) -> Tensor:

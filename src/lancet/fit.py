@@ -1,24 +1,27 @@
-"""The blend that a concept's words ask for: a few of the features that detect it, weighted by what they cause.
+"""The blend that a concept's words ask for: weighted features that together cause it.
 
-Features that fire on a concept differ in what they do, and their best mixture is not the one in which they fire. The
-weights are fitted to first mentions: in neutral sentences, read with the blend added at every position, the chance that
-one of the concept's words comes up somewhere is to be high, while the predictions stay such as the plain model would
-find likely. What is minimised over weights w >= 0 is
+Features that fire on a concept differ in what they do, and their best mixture is not the one in which they fire. What
+is fitted is first mentions: in neutral sentences, read with a vector added at every position, the chance that one of
+the concept's words comes up somewhere is to be high, while the predictions stay such as the plain model would find
+likely. What is minimised is
 
     mean over sentences of -log(1 - prod over positions (1 - p(word)))
     + PRICE * mean over positions of the surprise under the plain model that a token drawn there would have
 
-Few features are kept: the smallest weights go in two steps. Raising the likelihood of lines that already name the thing
-instead was tried and steers nothing (it makes the model better at going on about it, not at mentioning it).
+over vectors, beginning with the difference of means. The vector is then taken apart into features by orthogonal
+matching pursuit (over the decoder's directions, either sign: a feature that makes text stray can be turned down), and
+the same loss is minimised over the weights of those. Weights of the features that fire on the concept, none below zero,
+say it half as often at twice the surprise; raising the likelihood of lines that already name the thing steers nothing
+(it makes the model better at going on about it, not at mentioning it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lancet import background, baselines
+from lancet import background
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +29,12 @@ if TYPE_CHECKING:
     from lancet.lab import Lab
     from lancet.sae import Sae
 
-POOL = 64  # features that a blend may be made of
+MOST = 24  # features of a blend
+SHORTLIST = 16384  # features, nearest to the vector, that it is taken apart into
 CONTEXTS, LENGTH, AT_ONCE = 24, 24, 8  # neutral sentences, tokens of each, sentences a step
-STEPS = ((10, 0.4), (8, 0.0), (10, 0.0))  # of gradient: with all features, with some (share that stays), with few
-RATE, START = 0.03, 0.35  # Adam's; the blend's first length in rn
-PRICE = 1.0
+STEPS, AGAIN = 48, 30  # of gradient: of the vector, of the weights
+RATE, START = 0.03, 0.35  # Adam's, for the whole vector and for one weight, and the vector's first length: in rn
+PRICE = 0.5
 HEADS = 6  # half sentences on which it is measured how often a first piece is the beginning of a whole phrase
 
 
@@ -124,57 +128,76 @@ class Words:
 
 
 def fit(
-    lab: Lab, sae: Sae, pool: Sequence[tuple[int, float]], phrases: Sequence[Sequence[int]], most: int = 10
+    lab: Lab, sae: Sae, start: Tensor, phrases: Sequence[Sequence[int]], most: int = MOST
 ) -> tuple[tuple[int, float], ...]:
     """Fits a blend of at most `most` features.
 
     Args:
-        pool: (feature, weight) that it may be made of and begins with.
+        start: [d_out] the vector that the fit begins with; its length does not matter.
         phrases: token ids of the words and phrases that are to come up, as they stand inside a sentence.
 
     Returns:
         (feature, weight) pairs, the largest part first.
     """
+    contexts, norm = Contexts(lab, sae), lab.facts(sae).norm
+    vector = (start / start.norm() * START).to(lab.model.device)  # in rn
+    words = contexts.shares(phrases, vector * norm)
+    vector = _descend(contexts, words, vector, lambda v: v * norm, STEPS, RATE / vector.numel() ** 0.5)
+    features, weights = pursue(sae, vector, most)
+    rows = sae.rows(features).float().to(vector.device)
+    lengths = rows.norm(dim=1)
+    unit = rows / lengths[:, None] * norm
+    words = contexts.shares(phrases, weights @ unit)
+    weights = _descend(contexts, words, weights, lambda w: w @ unit, AGAIN, RATE)
+    order = weights.abs().argsort(descending=True).tolist()
+    return tuple((int(features[i]), float(weights[i] / lengths[i] * norm)) for i in order)
+
+
+def _descend(
+    contexts: Contexts, words: Words, start: Tensor, vector: Callable[[Tensor], Tensor], steps: int, rate: float
+) -> Tensor:
+    """Follows the loss's gradient from `start`, of which `vector` makes what is added."""
     import torch
 
-    contexts = Contexts(lab, sae)
-    features = torch.tensor([index for index, _ in pool])
-    rows = sae.rows(features.to(sae.device)).float().to(lab.model.device)
-    lengths = rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    unit, norm = rows / lengths * lab.facts(sae).norm, lab.facts(sae).norm
-    weights = torch.tensor([weight for _, weight in pool], device=unit.device) * lengths[:, 0]
-    weights = (weights / (weights @ unit).norm() * norm * START).float()
-    words = contexts.shares(phrases, weights @ unit)
-    weights.requires_grad_()
-    alive = torch.ones(len(weights), dtype=torch.bool, device=unit.device)
-    adam, parts, step = torch.optim.Adam([weights], lr=RATE), contexts.parts(), 0
-    for steps, share in STEPS:
-        for _ in range(steps):
-            with torch.enable_grad():
-                loss = contexts.loss(weights @ unit, words, parts[step % len(parts)])
-            (weights.grad,) = torch.autograd.grad(loss, weights)
-            adam.step()
-            step += 1
-            with torch.no_grad():
-                weights.clamp_(min=0).mul_(alive)
-        stay = max(most, round(share * len(weights)))
-        with torch.no_grad():
-            alive[weights.argsort(descending=True)[stay:]] = False
-            weights.mul_(alive)
-    final = weights.detach()
-    order = final.argsort(descending=True)[: int((final > 0).sum())]
-    return tuple((int(features[i]), float(final[i] / lengths[i, 0] * norm)) for i in order.tolist())
+    value = start.clone().requires_grad_()
+    adam, parts = torch.optim.Adam([value], lr=rate), contexts.parts()
+    for step in range(steps):
+        with torch.enable_grad():
+            loss = contexts.loss(vector(value), words, parts[step % len(parts)])
+        (value.grad,) = torch.autograd.grad(loss, value)
+        adam.step()
+    return value.detach()
 
 
-def pool(lab: Lab, sae: Sae, like: Sequence[str]) -> list[tuple[int, float]]:
-    """The features that differ most between examples and neutral text, with the difference of their mean activations:
-    what a blend may be made of."""
-    rows = [lab.model.tokenize(text, most=min(lab.model.context, background.TOKENS)) for text in like]
-    own = background.statistics(lab.model, sae, rows)
-    difference = baselines.difference_of_features(sae, own, background.of(lab.model, sae))
-    strength = difference.clamp_min(0) * sae.decoder_norm.cpu()
-    features = strength.topk(min(POOL, sae.d_sae)).indices
-    return [(int(f), float(difference[f])) for f in features if strength[f] > 0]
+def pursue(sae: Sae, vector: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Orthogonal matching pursuit of a vector in the SAE's decoder.
+
+    Args:
+        vector: [d_out]; most: features.
+
+    Returns:
+        [n] features and [n] weights of their directions at length 1, n <= most, such that the weighted sum is as near
+        to the vector as those features bring it; features of no length are left out.
+    """
+    import torch
+
+    near = torch.cat(
+        [
+            torch.nn.functional.normalize(sae.rows(slice(i, i + 4096)).float(), dim=1) @ vector.to(sae.device)
+            for i in range(0, sae.d_sae, 4096)
+        ]
+    )
+    pool = near.abs().topk(min(SHORTLIST, sae.d_sae)).indices
+    unit = torch.nn.functional.normalize(sae.rows(pool).float(), dim=1).to(vector.device)
+    chosen: list[int] = []
+    weights, rest = vector.new_zeros(0), vector
+    for _ in range(min(most, len(unit))):
+        fit = (unit @ rest).abs()
+        fit[chosen] = -1
+        chosen.append(int(fit.argmax()))
+        weights = torch.linalg.lstsq(unit[chosen].t(), vector[:, None]).solution[:, 0]
+        rest = vector - weights @ unit[chosen]
+    return pool[chosen], weights
 
 
 def phrases(lab: Lab, keywords: Sequence[str]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lancet import baselines
+from lancet import background, baselines
 from lancet.algebra import Direction, Expression, Ref, substitute
 from lancet.edit import Edit, Operation
 from lancet.errors import UsageError
@@ -86,9 +86,10 @@ def suggested(
         if each.parts:
             targets["blend"] = blended(each.parts, site)
         if wanted and each.sae.site == each.sae.writes:
-            pool = fit.pool(lab, each.sae, each.like)
-            if pool and (parts := fit.fit(lab, each.sae, pool, wanted)):
-                targets["fitted blend"] = blended(parts, site)
+            rows = [lab.model.tokenize(text, most=min(lab.model.context, background.TOKENS)) for text in each.like]
+            own = background.statistics(lab.model, each.sae, rows)
+            start = baselines.difference_of_means(own, background.of(lab.model, each.sae))
+            targets["fitted blend"] = blended(fit.fit(lab, each.sae, start, wanted), site)
         causing = [c for c in each.candidates if c.causes] or each.candidates
         targets["feature"] = Ref(index=max(causing, key=lambda c: c.mention or 0.0).feature, site=site)
         for what, expression in targets.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def run(
 
 def told(found: Ablation) -> None:
     """The whole report: movers, then the ablation beside its controls, then the texts, then what it comes to."""
-    show.heading(f"the next token, without {', '.join(found.what)}")
+    show.heading(f"the next token, with {brief(found.what)}")
     movers("gains", found.up)
     movers("loses", found.down)
     show.heading("effect or damage")
@@ -90,9 +91,18 @@ def told(found: Ablation) -> None:
         title="KL: of the next token, in nats; loss: of the text; surprise: of what is written, to the plain model",
     )
     for name, row in found.continuations.items():
-        show.heading(name if not row.edits else f"{name}: {', '.join(row.edits)}")
+        show.heading(name if not row.edits else f"{name}: {brief(row.edits)}")
         show.line(show.visible(row.text))
     show.heading(verdict(found))
+
+
+def brief(edits: Sequence[str]) -> str:
+    """Edits in their notation; what several features are set to, and where, is said once."""
+    named: dict[str, list[str]] = {}
+    for edit in edits:
+        name, sign, rest = edit.partition(" = ")
+        named.setdefault(sign + rest, []).append(name)
+    return ", ".join(f"{', '.join(names)}{rest}" for rest, names in named.items())
 
 
 def verdict(found: Ablation) -> str:
