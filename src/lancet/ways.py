@@ -81,7 +81,8 @@ def suggested(
     for each in found:
         site = each.sae.site if len(lab.saes) > 1 else None
         at = f" at {site}" if site else ""
-        wanted = [*fit.phrases(lab, keywords), *([word] for word in each.words)]
+        # Words that merely set the examples apart (of the Eiffel Tower: city, iron) would draw the fit to themselves.
+        wanted = fit.phrases(lab, keywords) or [[word] for word in each.words]
         targets: dict[str, Expression] = {}
         if each.parts:
             targets["blend"] = blended(each.parts, site)
