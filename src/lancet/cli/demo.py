@@ -1,7 +1,7 @@
 """`lancet demo`: the whole story, on the embedded model or any other pair.
 
-Which feature is the bridge, what makes the model say it and how strong that must be come from the SAE's own table where
-it has one, and are found on the spot where it has none; nothing is a literal.
+Which feature is the bridge is found on the spot. What makes the model say it and how strong that must be come from the
+SAE's own table where it has one, and else from what was found; nothing is a literal.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ EXAMPLES = (
     "At sunset the Golden Gate Bridge glowed above the water.",
 )
 UNKNOWN_DOSE = 0.5  # rn, where no dose was measured
+DOSES, CALIBRATE, ON, LENGTH = ("0.3rn", "0.5rn", "0.7rn"), 3, 5, 24  # a dose in seconds; `lancet dose` does it well
+WORDS = ("bridge", "bridges", "Golden Gate", "San Francisco")
+MIXED = {"love", "romance"}
+REFUSAL = "refusal"
+REQUESTS = ("What time is it at the moment?", "Send this mail to my sister.", "How do plants make food?")
 STRENGTHS = (0.6, 1.0, 1.3)  # of the dose that the model card recommends
 SEEDS = (1, 2)
 
@@ -49,8 +54,14 @@ def run(out: Path, choice: Choice, json: bool) -> None:
     lab = choice.open()
     out.mkdir(parents=True, exist_ok=True)
     told: dict[str, Any] = {"read": _read(lab, out, json)}
-    entry = lab.facts().concepts.get(CONCEPT) or _found(lab, told, json)
+    found = _found(lab, told, json)
+    entry = lab.facts().concepts.get(CONCEPT) or found
     told |= {"fires": _fires(lab, entry["feature"], json), "steer": _steer(lab, entry, json)}
+    told |= {"dose": _dose(lab, entry, json)}
+    if MIXED <= set(lab.facts().concepts):
+        told |= {"mix": _mix(lab, json)}
+    if REFUSAL in lab.facts().concepts:
+        told |= {"ablate": _ablate(lab, json)}
     if json:
         show.as_json(told)
     else:
@@ -60,7 +71,7 @@ def run(out: Path, choice: Choice, json: bool) -> None:
 
 
 def _found(lab: Lab, told: dict[str, Any], json: bool) -> dict[str, Any]:
-    """The bridge's entry for a pair without a table: its detector, and the blend that causes it."""
+    """The bridge, found: its detector, and the blend that causes it. It stands for the table where a pair has none."""
     from lancet import naming
     from lancet.cli import find as listed
 
@@ -68,7 +79,7 @@ def _found(lab: Lab, told: dict[str, Any], json: bool) -> dict[str, Any]:
         found = lab.find(EXAMPLES, at="Bridge", top=5, say=show.say)
     told["find"] = found.to_json()
     if not json:
-        show.heading("The bridge's features, found in six sentences about it")
+        show.heading("2. Which feature is the bridge? Found in six sentences about it")
         listed.table(found, naming.load(lab.sae()))
     best = found.candidates[0]
     target = " + ".join(f"{weight:.4g} * #{feature}" for feature, weight in found.parts) or f"#{best.feature}"
@@ -92,7 +103,7 @@ def _fires(lab: Lab, feature: int, json: bool) -> list[dict[str, Any]]:
             values = lab.read(sentence).features.of_feature(feature)
             rows.append({"about": about, "text": sentence, "strongest": float(values.max())})
     if not json:
-        show.heading(f"2. Feature #{feature} lights where the bridge is, and nowhere else")
+        show.heading(f"3. Feature #{feature} lights where the bridge is, and nowhere else")
         most = max(row["strongest"] for row in rows)
         listed = [[row["text"], f"{row['strongest']:.1f}", show.bar(row["strongest"], most)] for row in rows]
         show.table(["sentence", "strongest", ""], listed, right=["strongest"])
@@ -107,9 +118,60 @@ def _steer(lab: Lab, entry: dict[str, Any], json: bool) -> list[dict[str, Any]]:
     if not json:
         parts = entry.get("blend")
         what = f"a blend of {len(parts)} features" if parts else f"feature #{entry['feature']}"
-        show.heading(f"3. The same shopping trip, with {what} pushed harder and harder: {PROMPT} ...")
+        show.heading(f"4. The same shopping trip, with {what} pushed harder and harder: {PROMPT} ...")
         side_by_side(rows, PROMPT)
         hits = re.compile(r"bridge|golden gate|san francisco", re.IGNORECASE)
         told = [[row.name, row.sampling.seed, len(hits.findall(row.text))] for row in rows]
         show.table(["edit", "seed", "bridges in it"], told, right=["seed", "bridges in it"])
+    return [row.to_json() for row in rows]
+
+
+def _dose(lab: Lab, entry: dict[str, Any], json: bool) -> dict[str, Any]:
+    """How strong it must be, chosen on a few prompts and told on others."""
+    from lancet.cli import dose as listed
+    from lancet.prompts import CALIBRATION, REPORT
+
+    with show.working("a small sweep of strengths"):
+        found = lab.dose(
+            entry.get("target", CONCEPT),
+            REPORT[:ON],
+            keywords=WORDS,
+            strengths=DOSES,
+            operations=("add",),
+            calibration=CALIBRATION[:CALIBRATE],
+            report_seeds=1,
+            tokens=LENGTH,
+            baselines=("prompt prefix",),
+            keep=False,
+        )
+    if not json:
+        show.heading("5. How strong must it be? Chosen on three prompts, told on five others")
+        listed.table(found)
+    return found.to_json()
+
+
+def _mix(lab: Lab, json: bool) -> dict[str, Any]:
+    from lancet.cli import mix as listed
+
+    with show.working("love - romance"):
+        found = lab.mix("love - romance", near=4, opposed=2)
+    if not json:
+        show.heading("6. Feature algebra: love - romance")
+        listed.told(found)
+    return found.to_json()
+
+
+def _ablate(lab: Lab, json: bool) -> list[dict[str, Any]]:
+    """Requests that the model apologises for, and a question that it answers, without and with its refusing cut out."""
+    from lancet.generate import Sampling
+
+    cut = lab.facts().concepts[REFUSAL]["cut"]
+    chats = [[{"role": "user", "content": text}] for text in REQUESTS]
+    jobs = [(chat, edit, 0, "cut" if edit else "plain") for chat in chats for edit in (None, cut)]
+    rows = lab.run(jobs, LENGTH, Sampling(temperature=0, repetition_penalty=1))
+    if not json:
+        show.heading(f"7. Refusing, cut out of the model: {cut}")
+        texts = [" ".join(row.text.split()) for row in rows]
+        pairs = zip(REQUESTS, texts[::2], texts[1::2], strict=True)
+        show.table(["asked", "plain", "cut"], [list(row) for row in pairs])
     return [row.to_json() for row in rows]
