@@ -1,0 +1,1 @@
+"""What a corpus says about every feature of an SAE: harvested into a folder, read, named."""
