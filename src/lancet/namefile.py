@@ -157,6 +157,23 @@ def load(sae: Sae) -> Names:
         raise DamagedError(f"{where} was damaged: {error}; restore it, or delete it to begin anew") from error
 
 
+def features_of(key: str) -> dict[str, int]:
+    """The names of single features kept under an SAE's key, without the SAE: what is read beside an atlas.
+
+    Raises:
+        DamagedError: the file is not JSON, or not of names.
+    """
+    where = data_dir() / "names" / f"{key}.json"
+    if not where.is_file():
+        return {}
+    told = read_json(where)
+    names = told.get("names") if isinstance(told, dict) else None
+    if not isinstance(names, dict):
+        raise DamagedError(f"{where} is not a file of names; restore it, or delete it to begin anew")
+    found = {name: entry.get("feature") for name, entry in names.items() if isinstance(entry, dict)}
+    return {name: feature for name, feature in found.items() if isinstance(feature, int)}
+
+
 def normal(name: str) -> str:
     """The one spelling of a name that may be typed in several ways (`é` as one character or two)."""
     return unicodedata.normalize("NFC", name)

@@ -1,1 +1,1 @@
-"""What a corpus says about every feature of an SAE: harvested into a folder, read, named."""
+"""The atlas: what a corpus says about every feature of one SAE (docs/atlas.md has its files)."""
