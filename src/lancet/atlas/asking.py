@@ -13,7 +13,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lancet.atlas.completions import Message
@@ -310,20 +310,3 @@ def _tried(messages: list[Message], read: Callable[[str], Any], ask: Ask) -> Any
                 {"role": "user", "content": f"That cannot be used: {why}. Answer with the JSON object alone."},
             ]
     raise NonsenseError(why)
-
-
-@dataclass
-class Done:
-    """How a run of questions ended.
-
-    Attributes:
-        named: what came, in the order it came.
-        silent: features without examples, which were not asked about.
-        stopped: "" where all were asked about, else why not.
-        reused: answers that an earlier run had got.
-    """
-
-    named: list[Named] = field(default_factory=list)
-    silent: list[int] = field(default_factory=list)
-    stopped: str = ""
-    reused: int = 0
