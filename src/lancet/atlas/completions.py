@@ -59,10 +59,12 @@ class Budget:
     estimated: int = 0
     _held: int = 0
     _rate: float = 1 / BYTES_A_TOKEN
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Condition = field(default_factory=threading.Condition)
 
     def hold(self, messages: Sequence[Message], most: int) -> tuple[int, int]:
         """Sets aside what a request may take: (its prompt's estimate, all that is held).
+
+        Waits while other requests hold what this one would need, since most take less than they hold.
 
         Raises:
             BudgetReached: that is more than is left.
@@ -70,8 +72,10 @@ class Budget:
         size = sum(len(message["content"].encode()) for message in messages)
         with self._lock:
             prompt = int(size * self._rate) + 1 + OVERHEAD * (len(messages) + 1)
-            if self.limit is not None and self.spent + self._held + prompt + most > self.limit:
-                raise BudgetReached
+            while self.limit is not None and self.spent + self._held + prompt + most > self.limit:
+                if not self._held:
+                    raise BudgetReached
+                self._lock.wait()
             self._held += prompt + most
             return prompt, prompt + most
 
@@ -80,6 +84,7 @@ class Budget:
         with self._lock:
             self._held -= held
             self.spent += used
+            self._lock.notify_all()
 
     def counted(self, messages: Sequence[Message], prompt: int | None) -> None:
         """Learns from a server's own count of a prompt (None where it gave none)."""

@@ -12,10 +12,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
 from lancet.atlas import asking, explanations
@@ -175,7 +177,7 @@ def survey(
     trouble: BaseException | None = None
     source = _evidence(atlas, features, seed, out)
     pending: set[Future[Named]] = set()
-    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="ask")
+    begin = _threads(concurrency)
     try:
         while True:
             while not (trouble or out.stopped) and len(pending) < 2 * concurrency:
@@ -183,7 +185,7 @@ def survey(
                 if about is None:
                     break
                 name = "" if given is None else given[about.feature]
-                pending.add(pool.submit(asking.named, about, ask, language, name))
+                pending.add(begin(partial(asking.named, about, ask, language, name)))
             if not pending:
                 break
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -205,13 +207,41 @@ def survey(
                 kept_at = time.monotonic()
     finally:
         server.stop()
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in pending:  # after Ctrl-C; the threads end with the process
+            future.cancel()
         keep()
     out.named.sort(key=lambda named: named.feature)
     out.left = len(features) - len(out.named) - len(out.silent)
     if trouble is not None:
         raise trouble
     return out
+
+
+def _threads(count: int) -> Callable[[Callable[[], Named]], Future[Named]]:
+    """A function that has work done by one of `count` threads.
+
+    An executor's threads hold up the end of the process until their last request is answered or times out; after
+    Ctrl-C nobody waits two minutes for that. These do not.
+    """
+    todo: SimpleQueue[tuple[Future[Named], Callable[[], Named]]] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            future, what = todo.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(what())
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def begin(what: Callable[[], Named]) -> Future[Named]:
+        future: Future[Named] = Future()
+        todo.put((future, what))
+        return future
+
+    for number in range(count):
+        threading.Thread(target=work, name=f"ask-{number}", daemon=True).start()
+    return begin
 
 
 def _evidence(atlas: Atlas, features: Sequence[int], seed: int, out: Survey) -> Iterator[Evidence]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lancet.cli.names import names
 from lancet.cli.opening import Choice
 from lancet.cli.options import opens
 from lancet.errors import UsageError
@@ -380,6 +381,8 @@ def get(
 
     run(name, accept_terms)
 
+
+app.add_typer(names, name="names")
 
 cache = typer.Typer(invoke_without_command=True)
 app.add_typer(cache, name="cache")
