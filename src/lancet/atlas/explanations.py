@@ -2,8 +2,8 @@
 
 They are not the user's short names (naming.py), which edits use: a feature may have many, they are sentences, and one
 may be wrong. One file of JSON lines for each SAE in the user's data folder, written whole or not at all and changed by
-one process at a time. JSON lines and not Parquet, because at 131,072 features the file is read in 0.7 s and written in 1 s, and is
-then a plain text that the user can search, compare and repair.
+one process at a time. JSON lines and not Parquet: 131,072 of them are read in 0.7 s and written in 1 s of processor
+time, and are plain text that the user can search, compare and repair.
 
     {"lancet_explanations": 1, "key": "..."}
     {"feature": 12, "text": "bridges", "source": "ask: gpt-4o-mini", "score": 0.9, "asked": 20}
@@ -88,7 +88,9 @@ def path(key: str) -> Path:
     Raises:
         UsageError: this is no key that `lancet.namefile.key` makes.
     """
-    if not re.fullmatch(r"[\w-]+", key):  # it becomes a file's name, and comes out of an atlas that others may have made
+    if not re.fullmatch(
+        r"[\w-]+", key
+    ):  # it becomes a file's name, and comes out of an atlas that others may have made
         raise UsageError(f"{key!r} is no SAE's key; harvest the atlas again")
     return data_dir() / "explanations" / f"{key}.jsonl"
 
@@ -158,7 +160,7 @@ def forget(key: str, source: str) -> int:
 
 
 def best(entries: Iterable[Explanation]) -> Explanation | None:
-    """The explanation to show where there is room for one: the highest score, then written ones before proposed ones."""
+    """The explanation to show where there is room for one: the highest score, then written ones before "auto"."""
     ranked = sorted(entries, key=lambda e: (-(e.score if e.score is not None else CHANCE), e.source == AUTO))
     return ranked[0] if ranked else None
 

@@ -40,7 +40,7 @@ _MARKS = {
     "(": "opening bracket", ")": "closing bracket", "-": "hyphen", "–": "dash", "—": "dash", "/": "slash",
     '"': "quotation mark", "“": "quotation mark", "”": "quotation mark", "'": "apostrophe", "’": "apostrophe",
     "，": "comma", "。": "full stop", "、": "listing comma", "：": "colon", "；": "semicolon", "？": "question mark",
-    "！": "exclamation mark", "（": "opening bracket", "）": "closing bracket", "$": "dollar sign", "%": "per cent sign",
+    "！": "exclamation mark", "（": "opening bracket", "）": "closing bracket", "$": "dollar sign", "%": "per cent",
     "=": "equals sign", "{": "opening brace", "}": "closing brace", "[": "opening bracket", "]": "closing bracket",
     "<": "angle bracket", ">": "angle bracket", "#": "hash", "*": "asterisk", "_": "underscore", "@": "at sign",
 }  # fmt: skip

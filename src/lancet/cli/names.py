@@ -32,7 +32,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md has
 
 @names.command(name="import")
 def import_(
-    files: Annotated[list[str], typer.Argument(help="Files, folders of files, or patterns such as 'batch-*.jsonl.gz'.")],
+    files: Annotated[
+        list[str], typer.Argument(help="Files, folders of files, or patterns such as 'batch-*.jsonl.gz'.")
+    ],
     anyway: Annotated[bool, typer.Option("--anyway", help="Also records that name another model or layer.")] = False,
     atlas: Folder = None,
     model: Model = None,
@@ -139,9 +141,13 @@ def ask(
 
 @names.command(name="list")
 def list_(
-    feature: Annotated[int | None, typer.Argument(help="One feature: all that is known, and what it was made from.")] = None,
+    feature: Annotated[
+        int | None, typer.Argument(help="One feature: all that is known, and what it was made from.")
+    ] = None,
     search: Annotated[str | None, typer.Option(help="Only those that have these characters.")] = None,
-    source: Annotated[str | None, typer.Option(help="Only those of this source: auto, ask, import, or in full.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Only those of this source: auto, ask, import, or in full.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="At most so many lines; 0 for all.")] = 50,
     atlas: Folder = None,
     model: Model = None,
@@ -159,8 +165,8 @@ def list_(
             raise UsageError(f"#{feature} has no explanation; `lancet names auto` proposes one")
     elif not kept and not json:
         raise MissingError(
-            f"no explanations of {held.manifest.sae} yet; `lancet names auto` proposes some, `lancet names import` takes "
-            f"published ones"
+            f"no explanations of {held.manifest.sae} yet; `lancet names auto` proposes some, `lancet names import` "
+            f"takes published ones"
         )
     else:
         picked = {i: [e for e in some if fits(e, search, source)] for i, some in sorted(kept.items())}
@@ -203,8 +209,8 @@ def opened(folder: Path | None, model: str | None, sae: str | None) -> Atlas:
 
     if folder is not None:
         return Atlas.open(folder)
-    from lancet import settings
     from lancet import names as models
+    from lancet import settings
 
     pair = settings.default()
     wanted = model or pair.model
@@ -298,7 +304,10 @@ def listing(found: Sequence[Explanation], notes: bool = False) -> None:
         rows.append(row)
     show.table(columns, rows)
     if scored:
-        show.say("detection: balanced accuracy of telling where a feature fires by its name, of so many windows; chance is 0.50")
+        show.say(
+            "detection: balanced accuracy of telling where a feature fires by its name, of so many windows; "
+            "chance is 0.50"
+        )
 
 
 def shown(found: Survey) -> list[dict[str, Any]]:

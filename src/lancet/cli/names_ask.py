@@ -9,8 +9,8 @@ from lancet.cli.names import listing, numbers, shown
 from lancet.errors import LancetError, UsageError
 
 if TYPE_CHECKING:
-    from lancet.atlas.atlas import Atlas
     from lancet.atlas.asking import Named
+    from lancet.atlas.atlas import Atlas
     from lancet.atlas.completions import Server
     from lancet.atlas.survey import Answers, Survey
 
