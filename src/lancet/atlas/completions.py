@@ -226,15 +226,14 @@ class Server:
         try:
             told = response.json()
             content = told["choices"][0]["message"].get("content") or ""
-            usage = told.get("usage") or {}
+            usage = dict(told.get("usage") or {})
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return None, f"no chat completion but {self._said(response)!r}", prompt
         text = content if isinstance(content, str) else json.dumps(content)
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        known = all(isinstance(count, int) and count >= 0 for count in counts)
-        self.budget.counted(messages, counts[0] if known else None)
-        guess = int(len(text.encode()) / BYTES_A_TOKEN) + 1
-        asked, wrote = (int(counts[0]), int(counts[1])) if known else (prompt, min(most, guess))
+        asked, wrote = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+        self.budget.counted(messages, None if wrote is None else asked)
+        if asked is None or wrote is None:
+            asked, wrote = prompt, min(most, int(len(text.encode()) / BYTES_A_TOKEN) + 1)
         return Answer(text, asked, wrote), "", asked + wrote
 
     def _body(self, messages: Sequence[Message], most: int) -> dict[str, Any]:
@@ -295,6 +294,10 @@ def _seconds(asked: str | None) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
     except (ValueError, TypeError):
         return None
+
+
+def _count(told: Any) -> int | None:
+    return told if isinstance(told, int) and told >= 0 else None
 
 
 def _hint(code: int) -> str:
