@@ -81,7 +81,7 @@ def test_entries_come_back_and_replace_those_of_their_source() -> None:
         '{"feature": -1, "text": "x", "source": "y"}',
         '{"feature": 1, "text": "", "source": "y"}',
         '{"feature": 1, "text": "x", "source": "y", "score": 2}',
-    ],  # fmt: skip
+    ],
 )
 def test_a_damaged_file_is_told_and_not_written_over(line: str) -> None:
     explanations.keep(KEY, [Explanation(1, "x", "auto")])

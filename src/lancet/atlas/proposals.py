@@ -278,9 +278,10 @@ def _form(density: float, at_first: float, seen: Seen, usual: Usual, on: Sequenc
         if kind == "number":
             return (f"the number {token}" if alone else "numbers"), True
         return (f"{_MARKS[token]} {token}" if token in _MARKS else token) if alone else "punctuation", True
-    if seen.inner and not _telling(seen, on):
+    if seen.inner:
         part, count = max(seen.inner.items(), key=lambda item: (item[1], item[0]))
-        if count >= 0.6 * seen.of:
+        many = len(seen.words) >= 5 and max(seen.words.values()) < 0.4 * seen.of
+        if count >= 0.6 * seen.of and (many or not _telling(seen, on)):
             return f"{part}, a part of words", False
     if not _telling(seen, on):
         place, count = max(seen.before.items(), key=lambda item: (item[1], item[0]))
