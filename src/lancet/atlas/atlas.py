@@ -155,9 +155,14 @@ class Atlas:
     @property
     def names(self) -> dict[str, int]:
         """The names that the user gave to single features of the SAE."""
-        from lancet.namefile import features_of
+        from lancet.namefile import entries_of
 
-        return features_of(self.manifest.key)
+        told = {name: entry.get("feature") for name, entry in entries_of(self.manifest.key).items()}
+        return {name: at for name, at in told.items() if isinstance(at, int) and 0 <= at < len(self)}
+
+    def names_of(self, feature: int) -> str:
+        """The user's names of a feature, "" where it has none."""
+        return ", ".join(name for name, at in self.names.items() if at == feature)
 
     def check_feature(self, feature: int) -> int:
         """The number itself.
