@@ -94,7 +94,7 @@ class Card:
         found = [(band, [e for e in self.examples if e.band == band]) for band in order]
         return [(band, examples) for band, examples in found if examples]
 
-    def edge(self, bin: int) -> float:  # noqa: A002 - the word of the histogram
+    def edge(self, bin: int) -> float:
         """The activation's size at which a bin of the histogram begins."""
         return self.manifest.scale * 2.0 ** ((bin - len(self.record.histogram)) / BINS_AN_OCTAVE)
 
