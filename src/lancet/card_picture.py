@@ -89,9 +89,9 @@ def _examples(axes: Any, examples: Sequence[Example]) -> None:
     axes.set_ylim(max(1, len(examples)) - 0.5, -0.5)
     axes.set_axis_off()
     for row, example in enumerate(examples):
-        before = "".join(example.tokens[: example.peak]).replace("\n", "↵")
-        peak = example.tokens[example.peak].replace("\n", "↵")
-        after = "".join(example.tokens[example.peak + 1 :]).replace("\n", "↵")
+        pieces, at = example.pieces()
+        texts = [text.replace("\n", "↵") for text, _ in pieces]
+        before, peak, after = "".join(texts[:at]), texts[at], "".join(texts[at + 1 :])
         axes.text(0, row, f"{example.value:.3g}", fontsize=8.5, color=GREY, va="center")
         axes.text(
             0.44, row, _plain(_fitting(before[::-1], BEFORE)[::-1]), fontsize=8.5, color=INK, va="center", ha="right"

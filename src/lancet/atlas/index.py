@@ -8,15 +8,18 @@ bits of their hash, in order, so that a query maps a file and reads a few pages 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lancet.atlas import terms
 from lancet.atlas.atlas import Atlas
 from lancet.atlas.manifest import FILES, NAME
-from lancet.errors import DamagedError
+from lancet.errors import DamagedError, LancetError
 from lancet.files import cache_dir, read_json, whole_folder, write_json
 from lancet.telling import Say, counted
 
@@ -63,36 +66,45 @@ def hashed(term: str) -> int:
     return int.from_bytes(hashlib.blake2b(term.encode(), digest_size=8).digest(), "little")
 
 
-def matrix(documents: Iterable[Sequence[str]]) -> Matrix:
-    """The scores of documents, each the terms of one of the rows 0, 1, 2, ..."""
-    import logging
+class Collected:
+    """Documents of one field, each the terms of one of the rows 0, 1, 2, ...: four bytes a term."""
 
-    import numpy as np
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.rows: list[array[int]] = []
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
-    import bm25s
+    def add(self, document: Iterable[str]) -> None:
+        """Takes the terms of the next row."""
+        numbers = self.numbers
+        self.rows.append(array("i", (numbers.setdefault(term, len(numbers)) for term in document)))
 
-    numbers: dict[str, int] = {}
-    rows: list[list[int]] = []
-    for document in documents:
-        rows.append([numbers.setdefault(term, len(numbers)) for term in document])
-    if not numbers:
-        return Matrix(np.zeros(0, np.uint64), np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
-    made = bm25s.BM25()
-    kept = made.build_index_from_ids(list(range(len(numbers))), rows, show_progress=False)
-    names = np.array([hashed(term) for term in numbers], np.uint64)
-    order = np.argsort(names, kind="stable")
-    begins = kept["indptr"].astype(np.int64)
-    sizes = np.diff(begins)[order]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    entries = np.repeat(begins[:-1][order] - starts[:-1], sizes) + np.arange(starts[-1])
-    return Matrix(names[order], starts, kept["indices"][entries].astype(np.int32), kept["data"][entries])
+    def matrix(self) -> Matrix:
+        """The scores of all rows."""
+        import logging
+
+        import numpy as np
+
+        if not self.numbers:
+            none = np.zeros(0, np.float32)
+            return Matrix(none.astype(np.uint64), np.zeros(1, np.int64), none.astype(np.int32), none)
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        made: Any = bm25s.BM25()
+        kept = made.build_index_from_ids(list(range(len(self.numbers))), self.rows, show_progress=False)
+        names = np.array([hashed(term) for term in self.numbers], np.uint64)
+        order = np.argsort(names, kind="stable")
+        begins = kept["indptr"].astype(np.int64)
+        sizes = np.diff(begins)[order]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        entries = np.repeat(begins[:-1][order] - starts[:-1], sizes) + np.arange(starts[-1])
+        return Matrix(names[order], starts, kept["indices"][entries].astype(np.int32), kept["data"][entries])
 
 
 # ---- on disk -------------------------------------------------------------------------------------------------------
 
 
-def opened(folder: Path, state: Mapping[str, Any], make: Any, needs_bytes: int = 0) -> dict[str, Matrix]:
+def opened(folder: Path, state: Mapping[str, Any], make: Callable[[], Mapping[str, Matrix]]) -> Mapping[str, Matrix]:
     """The matrices that a folder of the cache holds, mapped; made anew where they are of another state or damaged.
 
     Args:
@@ -100,14 +112,12 @@ def opened(folder: Path, state: Mapping[str, Any], make: Any, needs_bytes: int =
         make: returns name -> Matrix.
     """
     found = _mapped(folder, state)
-    if found is None:
-        made = make()
-        with whole_folder(folder, needs_bytes) as out:
-            _write(out, made, state)
-        found = _mapped(folder, state)
-    if found is None:
-        raise DamagedError(f"{folder} is damaged; delete it, it is made again")
-    return found
+    if found is not None:
+        return found
+    made = make()
+    with suppress(LancetError), whole_folder(folder) as out:  # a cache that cannot be written costs the work again
+        _write(out, made, state)
+    return made
 
 
 def _write(folder: Path, made: Mapping[str, Matrix], state: Mapping[str, Any]) -> None:
@@ -140,7 +150,7 @@ def place(atlas: Atlas) -> Path:
     return cache_dir() / "search" / name
 
 
-def of(atlas: Atlas, say: Say = lambda line: None) -> dict[str, Matrix]:
+def of(atlas: Atlas, say: Say = lambda line: None) -> Mapping[str, Matrix]:
     """The index of an atlas, built where there is none of this manifest.
 
     Raises:
@@ -154,35 +164,33 @@ def of(atlas: Atlas, say: Say = lambda line: None) -> dict[str, Matrix]:
 
 def _built(atlas: Atlas, say: Say) -> dict[str, Matrix]:
     say(f"building the index of {len(atlas):,} features (once)")
-    documents: dict[str, list[list[str]]] = {field: [] for field in FIELDS}
+    collected = {field: Collected() for field in FIELDS}
     with counted(say, "reading the atlas", len(atlas)) as told:
         for first in range(0, len(atlas), AT_ONCE):
-            for fires, says, about in _documents(atlas, first, min(first + AT_ONCE, len(atlas))):
-                documents["fires"].append(fires)
-                documents["says"].append(says)
-                documents["about"].append(about)
+            for documents in _documents(atlas, first, min(first + AT_ONCE, len(atlas))):
+                for field, document in zip(FIELDS, documents, strict=True):
+                    collected[field].add(document)
             told(min(first + AT_ONCE, len(atlas)))
-    return {field: matrix(documents.pop(field)) for field in FIELDS}
+    return {field: collected.pop(field).matrix() for field in FIELDS}
 
 
 def _documents(atlas: Atlas, first: int, end: int) -> Iterator[tuple[list[str], list[str], list[str]]]:
     """What each of some features fires on, says, and has in its examples, as terms."""
-    peaks: dict[int, list[str]] = {}
-    about: dict[int, list[str]] = {}
-    for feature, text, begin, stop in _windows(atlas, first, end):
-        word = terms.around(text, begin, stop)
-        peaks.setdefault(feature, []).extend(terms.terms(word))
-        about.setdefault(feature, []).extend(terms.terms(text))
+    windows = {
+        feature: list(found) for feature, found in groupby(_windows(atlas, first, end), key=lambda window: window[0])
+    }
     rows = atlas.query(
         "SELECT feature, fires_tokens, fires_shares, effect_up, effect_up_values, logit_up FROM features "
         f"WHERE feature >= {first} AND feature < {end} ORDER BY feature"
     )
     for feature, tokens, shares, said, values, logits in rows:
-        fires = list(peaks.get(feature, []))
+        own = windows.get(feature, ())
+        fires = [t for _, text, begin, stop in own for t in terms.terms(terms.around(text, begin, stop))]
         for token, share in zip(tokens, shares, strict=True):
             fires += terms.terms(token) * (1 + round(WEIGHT * share))
         measured = [token for token, value in zip(said, values, strict=True) if value > 0]
-        yield fires, [t for token in measured or logits for t in terms.terms(token)], about.get(feature, [])
+        says = [t for token in measured or logits for t in terms.terms(token)]
+        yield fires, says, [t for _, text, _, _ in own for t in terms.terms(text)]
 
 
 def _windows(atlas: Atlas, first: int, end: int) -> list[tuple[int, str, int, int]]:

@@ -141,13 +141,13 @@ def _chart(values: Sequence[float], labels: Sequence[str], number: str, caption:
 
 
 def _example(example: Example) -> str:
-    size = abs(example.value) or 1.0
     spans = []
-    for i, (token, strength) in enumerate(zip(example.tokens, example.strengths, strict=True)):
-        share = abs(strength) / size
-        if not token or (share < 0.01 and i != example.peak):
-            spans.append(escape(token))
+    pieces, peak = example.pieces()
+    for i, (text, share) in enumerate(pieces):
+        if share < 0.01 and i != peak:
+            spans.append(escape(text))
         else:
-            kind = ' class="peak"' if i == example.peak else ""
-            spans.append(f'<span{kind} style="--s:{share:.2f}" title="{strength:.3g}">{escape(token)}</span>')
+            kind = ' class="peak"' if i == peak else ""
+            value = f"{share * example.value:.3g}"
+            spans.append(f'<span{kind} style="--s:{share:.2f}" title="{value}">{escape(text)}</span>')
     return f'<div class="example"><small>{example.value:.3g}</small><div class="text">{"".join(spans)}</div></div>'

@@ -90,7 +90,7 @@ def search(atlas: Atlas, query: str, top: int = 20, say: Say = lambda line: None
     if not words or top < 1:
         what = f"{query!r} holds no word to search for" if not words else f"--top must be at least 1, got {top}"
         raise UsageError(f"{what}; give words such as bridge or 大桥")
-    fields = dict(index.of(atlas, say)) | _named(atlas) | _described(atlas)
+    fields = {**index.of(atlas, say), **_named(atlas), **_described(atlas)}
     total = np.zeros(len(atlas), np.float32)
     columns = {
         (field, term): held.column(term) for field, held in fields.items() for _, found in words for term in found
@@ -147,7 +147,7 @@ def _named(atlas: Atlas) -> dict[str, Matrix]:
     return {"named": Matrix(np.array(order, np.uint64), begins, rows, np.full(len(rows), NAMED, np.float32))}
 
 
-def _described(atlas: Atlas) -> dict[str, Matrix]:
+def _described(atlas: Atlas) -> Mapping[str, Matrix]:
     """The index of the explanations that are kept for the SAE, built where their file has changed."""
     if find_spec("lancet.atlas.explanations") is None:
         return {}
@@ -163,7 +163,10 @@ def _described(atlas: Atlas) -> dict[str, Matrix]:
         import numpy as np
 
         told = {f: entries for f, entries in sorted(kept.load(key).items()) if f < len(atlas)}
-        made = index.matrix([term for e in entries for term in terms.terms(e.text)] for entries in told.values())
+        collected = index.Collected()
+        for entries in told.values():
+            collected.add(term for e in entries for term in terms.terms(e.text))
+        made = collected.matrix()
         rows = np.array(list(told), np.int32)
         return {"described": Matrix(made.terms, made.begins, rows[made.features], made.scores)}
 

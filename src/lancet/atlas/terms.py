@@ -65,6 +65,8 @@ def covered(word: str, found: Iterable[str]) -> list[str]:
 
 def around(text: str, begin: int, end: int) -> str:
     """The word of a text that characters `begin` to `end` lie in; without spaces, one character more on either side."""
+    if begin == end > 0:  # a token that is part of the character before it
+        begin -= 1
     token = text[begin:end]
     begin += len(token) - len(token.lstrip())
     end -= len(token) - len(token.rstrip()) if token.strip() else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lancet import names
 from lancet.atlas import place
@@ -11,6 +12,9 @@ from lancet.atlas.atlas import Atlas
 from lancet.atlas.manifest import NAME
 from lancet.errors import MissingError, UnknownName, UsageError
 from lancet.files import read_json
+
+if TYPE_CHECKING:
+    from lancet.sae import Sae
 
 INSIDE = "atlas"  # the folder of the atlas that comes with an SAE, inside the SAE's own
 
@@ -37,6 +41,22 @@ def find(model: str, saes: Sequence[str] = (), folder: Path | None = None) -> At
         f"there is no atlas of {what} (looked in {', '.join(map(str, looked)) or 'no place'}); make one with `lancet "
         f"harvest`, or name its folder with --atlas"
     )
+
+
+def of(sae: Sae, shipped: Path | None = None) -> Atlas | None:
+    """The atlas of an open SAE, None where there is none; one of other weights under the same name is none of it.
+
+    Args:
+        shipped: a file of the folder that the SAE came in.
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
+    inside = [] if shipped is None else [shipped.parent / INSIDE]
+    for where in [*inside, place.default(sae.name)]:
+        if (where / NAME).is_file() and (found := Atlas.open(where)).belongs(sae):
+            return found
+    return None
 
 
 def places(model: str, saes: Sequence[str] = ()) -> list[Path]:

@@ -175,10 +175,11 @@ def show_example(example: Example) -> None:
 def marked(example: Example) -> str:
     """The window where there are no colours: [the peak], _other tokens that fire_."""
     out = []
-    for i, (token, strength) in enumerate(_shown(example)):
+    shown, peak = _shown(example)
+    for i, (token, strength) in enumerate(shown):
         body = token.strip(" ")
-        if body and (i == example.peak or strength >= FAINT):
-            ends = "[]" if i == example.peak else "__"
+        if body and (i == peak or strength >= FAINT):
+            ends = "[]" if i == peak else "__"
             token = token.replace(body, f"{ends[0]}{body}{ends[1]}", 1)
         out.append(token)
     return "".join(out).strip(" ")
@@ -189,33 +190,25 @@ def coloured(example: Example, width: int) -> Text:
     from rich.cells import cell_len
     from rich.text import Text
 
-    shown = _shown(example)
+    shown, peak = _shown(example)
     sizes = [cell_len(token) for token, _ in shown]
     dots = "…" if show.can_show("…") else ".."
-    first, last = around(sizes, example.peak, width - 2 * cell_len(dots))
+    first, last = around(sizes, peak, width - 2 * cell_len(dots))
     out = Text(dots if first else "", style="dim")
     for i in range(first, last):
         token, strength = shown[i]
         lead = token[: len(token) - len(token.lstrip(" "))] if token.strip(" ") else ""
         out.append(lead)
-        out.append(token[len(lead) :], style=style(strength, i == example.peak))
+        out.append(token[len(lead) :], style=style(strength, i == peak))
     out.append(dots if last < len(shown) else "", style="dim")
     return out
 
 
-def _shown(example: Example) -> list[tuple[str, float]]:
-    """(characters, strength from 0 to 1) of each token; a character of several tokens has their largest strength."""
+def _shown(example: Example) -> tuple[list[tuple[str, float]], int]:
+    """An example's pieces as they may be printed, and which is the peak."""
     mark = "↵" if show.can_show("↵") else "\\n"
-    size = abs(example.value) or 1.0
-    out: list[tuple[str, float]] = []
-    whole = 0  # the token that the empty ones after it belong to
-    for i, (token, strength) in enumerate(zip(example.tokens, example.strengths, strict=True)):
-        out.append((show.harmless(token.replace("\n", mark).replace("\t", " ")), abs(strength) / size))
-        if token:
-            whole = i
-        elif out[whole][0]:
-            out[whole] = (out[whole][0], max(out[whole][1], out[i][1]))
-    return out
+    pieces, peak = example.pieces()
+    return [(show.harmless(text.replace("\n", mark).replace("\t", " ")), share) for text, share in pieces], peak
 
 
 def around(sizes: Sequence[int], peak: int, width: int) -> tuple[int, int]:
