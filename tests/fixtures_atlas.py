@@ -30,6 +30,7 @@ SILENT = 11  # the feature that never fired
 COMMON = [" and", " so", " we", " went", " on", " with", " that", ",", " until", " evening", " came", "."]
 
 _LIST = {"string": pa.list_(pa.string()), "float": pa.list_(pa.float32()), "int": pa.list_(pa.int32())}
+_PARTS = (("", "string"), ("_values", "float"))
 _LENSES = ("logit_up", "logit_down", "effect_up", "effect_down")
 SCHEMAS = {
     "features": pa.schema(
@@ -38,7 +39,7 @@ SCHEMAS = {
             ("maximum", pa.float32()), ("minimum", pa.float32()), ("histogram", pa.list_(pa.int64())),
             ("positions", pa.list_(pa.int64())), ("bounds", _LIST["float"]), ("fires_tokens", _LIST["string"]),
             ("fires_shares", _LIST["float"]),
-            *((f"{name}{end}", _LIST[kind]) for name in _LENSES for end, kind in (("", "string"), ("_values", "float"))),
+            *((f"{name}{end}", _LIST[kind]) for name in _LENSES for end, kind in _PARTS),
             ("near", _LIST["int"]), ("near_cosines", _LIST["float"]), ("together", _LIST["int"]),
             ("together_shares", _LIST["float"]), ("together_fired", pa.int64()),
         ]

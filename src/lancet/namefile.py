@@ -157,21 +157,20 @@ def load(sae: Sae) -> Names:
         raise DamagedError(f"{where} was damaged: {error}; restore it, or delete it to begin anew") from error
 
 
-def features_of(key: str) -> dict[str, int]:
-    """The names of single features kept under an SAE's key, without the SAE: what is read beside an atlas.
+def entries_of(key: str) -> dict[str, dict[str, Any]]:
+    """Name -> its entry as the file has it, by the SAE's key alone: beside an atlas no SAE is open.
 
     Raises:
         DamagedError: the file is not JSON, or not of names.
     """
     where = data_dir() / "names" / f"{key}.json"
-    if not where.is_file():
+    if not re.fullmatch(r"[\w-]+", key) or not where.is_file():  # a key may come out of a file that others made
         return {}
     told = read_json(where)
     names = told.get("names") if isinstance(told, dict) else None
     if not isinstance(names, dict):
         raise DamagedError(f"{where} is not a file of names; restore it, or delete it to begin anew")
-    found = {name: entry.get("feature") for name, entry in names.items() if isinstance(entry, dict)}
-    return {name: feature for name, feature in found.items() if isinstance(feature, int)}
+    return {name: entry for name, entry in names.items() if isinstance(entry, dict)}
 
 
 def normal(name: str) -> str:

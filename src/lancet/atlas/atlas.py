@@ -99,6 +99,23 @@ class Example:
     strengths: tuple[float, ...]
     peak: int
 
+    def pieces(self) -> tuple[list[tuple[str, float]], int]:
+        """What is to be shown: (characters, strength as a share of the peak's) in order, and the index of the peak's.
+
+        Tokens that make up one character are one piece, as strong as the strongest of them.
+        """
+        size, peak = abs(self.value) or 1.0, 0
+        out: list[tuple[str, float]] = []
+        for i, (token, strength) in enumerate(zip(self.tokens, self.strengths, strict=True)):
+            share = abs(strength) / size
+            if token or not out:
+                out.append((token, share))
+            else:
+                out[-1] = (out[-1][0], max(out[-1][1], share))
+            if i == self.peak:
+                peak = len(out) - 1
+        return out, peak
+
 
 class Atlas:
     """What a corpus says about every feature of one SAE. `Atlas.open` makes one.
@@ -135,8 +152,7 @@ class Atlas:
         """Whether it is about this SAE (or about one of a lab's): told by the SAE's weights, not by its name."""
         from lancet.namefile import key
 
-        saes: Iterable[Any] = getattr(to, "saes", None) or (to,)
-        return any(sae.d_sae == len(self) and key(sae) == self.manifest.key for sae in saes)
+        return any(sae.d_sae == len(self) and key(sae) == self.manifest.key for sae in _saes(to))
 
     def check(self, to: Lab | Sae) -> None:
         """Refuses an atlas of another SAE.
@@ -145,8 +161,7 @@ class Atlas:
             MismatchError.
         """
         if not self.belongs(to):
-            held = getattr(to, "saes", None) or (to,)
-            names = ", ".join(f"{sae.name} at {sae.site}" for sae in held)
+            names = ", ".join(f"{sae.name} at {sae.site}" for sae in _saes(to))
             raise MismatchError(
                 f"the atlas in {self.folder} is about {self.manifest.sae} at {self.manifest.site} of "
                 f"{self.manifest.model}, and {names} is open; open that SAE, or make its atlas with `lancet harvest`"
@@ -155,9 +170,14 @@ class Atlas:
     @property
     def names(self) -> dict[str, int]:
         """The names that the user gave to single features of the SAE."""
-        from lancet.namefile import features_of
+        from lancet.namefile import entries_of
 
-        return features_of(self.manifest.key)
+        told = {name: entry.get("feature") for name, entry in entries_of(self.manifest.key).items()}
+        return {name: at for name, at in told.items() if isinstance(at, int) and 0 <= at < len(self)}
+
+    def names_of(self, feature: int) -> str:
+        """The user's names of a feature, "" where it has none."""
+        return ", ".join(name for name, at in self.names.items() if at == feature)
 
     def check_feature(self, feature: int) -> int:
         """The number itself.
@@ -188,7 +208,10 @@ class Atlas:
         wanted = list(dict.fromkeys(self.check_feature(int(feature)) for feature in features))
         columns = ", ".join(f'"{name}"' for name in Record.__dataclass_fields__)
         rows = self.query(f"SELECT {columns} FROM features WHERE feature IN ({_listed(wanted)})")
-        found = {row[0]: Record(*(tuple(v) if isinstance(v, list) else v for v in row)) for row in rows}
+        found: dict[int, Record] = {}
+        for row in rows:
+            values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in row]
+            found[row[0]] = Record(*values)
         if len(found) < len(wanted):
             raise DamagedError(f"{self.folder / 'features.parquet'} lacks features; run `lancet harvest` again")
         return [found[int(feature)] for feature in features]
@@ -335,6 +358,7 @@ class Atlas:
 
         # No network: what DuckDB lacks it would fetch by itself.
         held = duckdb.connect(config={"autoinstall_known_extensions": "false", "parquet_metadata_cache": "true"})
+        name = ""
         try:
             for name in manifests.FILES:
                 path = str((self.folder / name).resolve()).replace("'", "''")
@@ -370,6 +394,10 @@ class Atlas:
             strengths=tuple(value * byte / STRONGEST for byte in strengths),
             peak=peak - first,
         )
+
+
+def _saes(to: Lab | Sae) -> Sequence[Any]:
+    return getattr(to, "saes", None) or (to,)
 
 
 def _listed(numbers: Iterable[int]) -> str:
