@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from fixtures_atlas import KEY, SCHEMAS, SILENT, example, manifest, record, write_atlas, write_tables
 from fixtures_names import lancet
 
-from lancet.atlas import explanations, importing, proposals
+from lancet.atlas import explanations, importing, place, proposals
 from lancet.atlas.atlas import Atlas
 from lancet.atlas.explanations import Explanation
 from lancet.atlas.importing import Target
@@ -65,6 +64,8 @@ def test_entries_come_back_and_replace_those_of_their_source() -> None:
     other = Explanation(3, "rivers", "auto")
     explanations.keep(KEY, [other, Explanation(1, "x", "auto")])
     assert explanations.load(KEY) == {1: [Explanation(1, "x", "auto")], 3: [one, other]}
+    assert explanations.of(KEY, 3) == [one, other]
+    assert explanations.of(KEY, 2) == explanations.of("another", 3) == []
     assert explanations.best(explanations.load(KEY)[3]) == one
     assert explanations.best([]) is None
     assert explanations.best([Explanation(3, "bad", "ask: m", 0.4, 20), two]) == two
@@ -92,6 +93,7 @@ def test_a_damaged_file_is_told_and_not_written_over(line: str) -> None:
         explanations.load(KEY)
     with pytest.raises(DamagedError, match="line 3"):
         explanations.keep(KEY, [Explanation(2, "y", "auto")])
+
     assert where.read_bytes() == before
 
 
@@ -364,16 +366,12 @@ def test_the_commands(atlas: Atlas, tmp_path: Path) -> None:
     assert code == 1 and "holds no atlas" in err
 
 
-def test_the_pairs_atlas_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, _, err = lancet("names", "list", "--model", "made-up", "--json")
-    assert code == 1 and "make one with `lancet harvest`" in err
-    write_atlas(Path(os.environ["LANCET_DATA"]) / "atlas" / "one", 64)
-    code, out, _ = lancet("names", "list", "--model", "made-up", "--sae", "made-up/sae", "--json")
+def test_the_pairs_atlas_is_found() -> None:
+    code, _, err = lancet("names", "list", "--model", "gpt2-small", "--sae", "mine/sae", "--json")
+    assert code == 1 and "`lancet harvest`" in err and "--atlas" in err
+    write_atlas(place.default("mine/sae"), 64)
+    code, out, _ = lancet("names", "list", "--model", "gpt2-small", "--sae", "mine/sae", "--json")
     assert code == 0 and json.loads(out) == []
-    write_atlas(tmp_path / "two", 64, key="c" * 24)
-    code, _, err = lancet("names", "list", "--model", "made-up", "--json")
-    assert code == 2 and "several atlases" in err
 
 
 def test_nothing_heavy_is_imported(atlas: Atlas) -> None:

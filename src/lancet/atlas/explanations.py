@@ -7,6 +7,8 @@ time, and are plain text that the user can search, compare and repair.
 
     {"lancet_explanations": 1, "key": "..."}
     {"feature": 12, "text": "bridges", "source": "ask: gpt-4o-mini", "score": 0.9, "asked": 20}
+
+Each line begins with its feature: `of` finds one feature's lines without parsing the others.
 """
 
 from __future__ import annotations
@@ -121,6 +123,28 @@ def load(key: str) -> dict[int, list[Explanation]]:
             raise DamagedError(
                 f"{where} was damaged in line {number}: {error}; restore it, or delete it to begin anew"
             ) from error
+    return out
+
+
+def of(key: str, feature: int) -> list[Explanation]:
+    """The explanations of one feature; its lines alone are parsed, since there may be one for every feature.
+
+    Raises:
+        DamagedError: one of its lines is not what was written.
+    """
+    where = path(key)
+    if not where.is_file():
+        return []
+    begin, out = b'\n{"feature": %d,' % feature, []
+    held = where.read_bytes()
+    at = held.find(begin)
+    while at >= 0:
+        end = held.find(b"\n", at + 1)
+        try:
+            out.append(of_json(json.loads(held[at + 1 : None if end < 0 else end])))
+        except ValueError as error:
+            raise DamagedError(f"{where} was damaged: {error}; restore it, or delete it to begin anew") from error
+        at = held.find(begin, at + 1)
     return out
 
 

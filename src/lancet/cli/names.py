@@ -22,9 +22,7 @@ names = typer.Typer(
     no_args_is_help=True, help="What features stand for, in words: take in, propose, ask a model, list, export."
 )
 
-Folder = Annotated[
-    Path | None, typer.Option("--atlas", help="The atlas' folder. Left out: the one of the pair, if there is just one.")
-]
+Folder = Annotated[Path | None, typer.Option("--atlas", help="The atlas' folder; left out, that of the SAE.")]
 Model = Annotated[str | None, typer.Option(help="Whose atlas, where --atlas is left out: a model's name.")]
 SaeName = Annotated[str | None, typer.Option("--sae", help="Whose atlas, where --atlas is left out: an SAE's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md has its shape).")]
@@ -142,7 +140,7 @@ def ask(
 @names.command(name="list")
 def list_(
     feature: Annotated[
-        int | None, typer.Argument(help="One feature: all that is known, and what it was made from.")
+        str | None, typer.Argument(help="One feature, 123 or a name: all its names, and what they were made from.")
     ] = None,
     search: Annotated[str | None, typer.Option(help="Only those that have these characters.")] = None,
     source: Annotated[
@@ -155,15 +153,15 @@ def list_(
     json: Json = False,
 ) -> None:
     """List what features are called: the best name of each, or every name of one."""
-    from lancet.atlas import explanations
+    from lancet.atlas import explanations, which
 
     held = opened(atlas, model, sae)
-    kept = explanations.load(held.manifest.key)
+    key = held.manifest.key
     if feature is not None:
-        found = kept.get(held.check_feature(feature), [])
+        found = explanations.of(key, index := which.feature(held, feature))
         if not found and not json:
-            raise UsageError(f"#{feature} has no explanation; `lancet names auto` proposes one")
-    elif not kept and not json:
+            raise UsageError(f"#{index} has no explanation; `lancet names auto` proposes one")
+    elif not (kept := explanations.load(key)) and not json:
         raise MissingError(
             f"no explanations of {held.manifest.sae} yet; `lancet names auto` proposes some, `lancet names import` "
             f"takes published ones"
@@ -203,50 +201,13 @@ def opened(folder: Path | None, model: str | None, sae: str | None) -> Atlas:
     """The atlas in a folder, or the pair's; no model is opened.
 
     Raises:
-        MissingError: there is none; UsageError: there are several.
+        MissingError: there is none; DamagedError: it cannot be read.
     """
-    from lancet.atlas.atlas import Atlas
+    from lancet.atlas import which
+    from lancet.cli.opening import Choice
 
-    if folder is not None:
-        return Atlas.open(folder)
-    from lancet import names as models
-    from lancet import settings
-
-    pair = settings.default()
-    wanted = model or pair.model
-    saes = (sae,) if sae else pair.saes if model is None else ()
-    found = []
-    for where in nearby():
-        held = Atlas.open(where)
-        if models.same(held.manifest.model, wanted) and (not saes or held.manifest.sae in saes):
-            found.append(held)
-    if not found:
-        raise MissingError(
-            f"no atlas of {' with '.join([wanted, *saes])} in this folder or in {home()}; name one with --atlas, or "
-            f"make one with `lancet harvest`"
-        )
-    if len({held.manifest.key for held in found}) > 1 or (len(found) > 1 and not saes):
-        listed = ", ".join(str(held.folder) for held in found)
-        raise UsageError(f"there are several atlases of {wanted}: {listed}; name one with --atlas")
-    return found[0]
-
-
-def home() -> Path:
-    """Where atlases are looked for beside the folder that the command runs in."""
-    from lancet.files import data_dir
-
-    return data_dir() / "atlas"
-
-
-def nearby() -> list[Path]:
-    """Folders that hold an atlas."""
-    roots = [Path(), home()]
-    folders = [Path(), *(sub for root in roots if root.is_dir() for sub in sorted(root.iterdir()) if sub.is_dir())]
-    return [folder for folder in folders if _is_atlas(folder)]
-
-
-def _is_atlas(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() and (folder / "features.parquet").is_file()
+    pair = Choice(model, (sae,) if sae else ()).named()
+    return which.find(pair.model or "", pair.saes, folder)
 
 
 def target(held: Atlas) -> Target:
