@@ -104,7 +104,7 @@ def evidence(atlas: Atlas, record: Record, examples: Sequence[Example], seed: in
         record.feature,
         tuple((e.band, marked(e)) for e in shown),
         tuple(_token(token) for token in record.fires_tokens[:5]),
-        tuple(_token(token) for token in (record.effect_up or record.logit_up)[:8]),
+        tuple(_token(token) for token in (record.effect_up or record.logit_up) if _readable(token))[:8],
         tuple(windows) if len(silent) >= FEWEST else (),
     )
 
@@ -133,6 +133,11 @@ def _plain(example: Example) -> str:
 def _line(text: str) -> str:
     """Line breaks are seen, and cannot be taken for the end of an example."""
     return text.replace("\r", "").replace("\n", "⏎").replace("\t", " ").strip(" ")
+
+
+def _readable(token: str) -> bool:
+    """Whether a token is text: pieces of characters are not."""
+    return "\ufffd" not in token and token.replace("\n", "").isprintable()
 
 
 def _token(token: str) -> str:

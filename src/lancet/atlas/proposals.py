@@ -27,6 +27,8 @@ EVERYWHERE, DENSE = 0.5, 0.1  # of all tokens
 NEARLY_ALL = 0.7  # of a feature's examples: a form is named from here on
 LIFT = 2.0  # and where it is so many times what other features' examples have
 TOPIC, TOPIC_LIFT = 0.3, 3.0  # the same for a word around the peak
+FEW = 3  # examples; a word around the peaks of fewer is chance, and a name made from fewer says so
+SAID_BY_MANY = 0.03  # of all features: a word that more of them make likelier (the, is) tells none of them apart
 RARE = 0.12  # of the weight of the word that it fires on most: what has less is chance
 FIRST = 0.7  # of a feature's firings on the first token of a text
 
@@ -123,11 +125,14 @@ def propose(atlas: Atlas) -> list[Explanation]:
         "SELECT feature, fired, density, positions, fires_tokens, fires_shares, effect_up, logit_up FROM features "
         "WHERE fired > 0 ORDER BY feature"
     )
+    said = Counter(word for row in rows for word in _clean(row[6] or row[7] or []))
+    common = {word for word, count in said.items() if count > max(FEW, SAID_BY_MANY * len(rows))}
     out = []
     for feature, fired, density, positions, tokens, shares, effect, logit in rows:
         at_first = positions[0] / fired if first < FIRST / LIFT else 0.0
         fires = list(zip(tokens or [], shares or [], strict=False))
-        out.append(_name(feature, density, at_first, fires, effect or logit or [], kept.get(feature, Seen()), usual))
+        says = [word for word in _clean(effect or logit or []) if word not in common]
+        out.append(_name(feature, density, at_first, fires, says, kept.get(feature, Seen()), usual))
     return out
 
 
@@ -205,13 +210,12 @@ def _name(
     density: float,
     at_first: float,
     fires: Sequence[tuple[str, float]],
-    promoted: Sequence[str],
+    says: Sequence[str],
     seen: Seen,
     usual: Usual,
 ) -> Explanation:
     on = _fires_on(fires, seen)
     topic = _topic(seen, usual, on)
-    says = _clean(promoted)
     name, formal = _form(density, at_first, seen, usual, on)
     if not name:
         name = ", ".join(on[:3]) if _telling(seen, on) else ""
@@ -229,6 +233,7 @@ def _name(
         f"around: {', '.join(topic[:4])}" if topic else "",
         f"says: {', '.join(says[:4])} ({'agrees' if agree else 'differs'})" if says else "",
         f"on {100 * density:.0f} % of tokens" if density > DENSE else "",
+        f"from {seen.of} example{'s' * (seen.of != 1)} only" if seen.of < FEW else "",
     ]
     return Explanation(feature, one_line(name), AUTO, note=one_line("; ".join(part for part in parts if part)))
 
@@ -248,7 +253,7 @@ def _fires_on(fires: Sequence[tuple[str, float]], seen: Seen) -> list[str]:
     out: list[str] = []
     most = max(weights.values(), default=0)
     for word, weight in sorted(weights.items(), key=lambda item: (-round(item[1], 6), item[0])):
-        if weight >= RARE * most and not any(_kin(word, other) for other in out):
+        if _letters(word) and weight >= RARE * most and not any(_kin(word, other) for other in out):
             out.append(word)
     return out[:5]
 
@@ -280,8 +285,9 @@ def _form(density: float, at_first: float, seen: Seen, usual: Usual, on: Sequenc
         return (f"{_MARKS[token]} {token}" if token in _MARKS else token) if alone else "punctuation", True
     if seen.inner:
         part, count = max(seen.inner.items(), key=lambda item: (item[1], item[0]))
+        own = len(part.strip("-")) > 1
         many = len(seen.words) >= 5 and max(seen.words.values()) < 0.4 * seen.of
-        if count >= 0.6 * seen.of and (many or not _telling(seen, on)):
+        if own and count >= 0.6 * seen.of and (many or not _telling(seen, on)):
             return f"{part}, a part of words", False
     if not _telling(seen, on):
         place, count = max(seen.before.items(), key=lambda item: (item[1], item[0]))
@@ -297,7 +303,13 @@ def _topic(seen: Seen, usual: Usual, on: Sequence[str]) -> list[str]:
     for word, count in seen.around.items():
         share = count / seen.of
         lift = usual.lift(usual.around, word, share)
-        if share >= TOPIC and lift >= TOPIC_LIFT and _letters(word) and not any(_kin(word, own) for own in on):
+        if (
+            count >= FEW
+            and share >= TOPIC
+            and lift >= TOPIC_LIFT
+            and _letters(word)
+            and not any(_kin(word, own) for own in on)
+        ):
             scores[word] = share * math.log(lift)
     out: list[str] = []
     for word in sorted(scores, key=lambda w: (-round(scores[w], 6), w)):

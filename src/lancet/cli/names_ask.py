@@ -111,7 +111,9 @@ def report(found: Survey, server: Server, held: Answers, json: bool) -> None:
     if found.silent:
         show.say(f"{len(found.silent):,} features never fired and were not asked about")
     if found.stopped:
-        show.say(f"stopped by {found.stopped}: {found.left:,} features are left; the same command goes on from there")
+        bare = sum(named.score is None and bool(named.text) for named in found.named)
+        unscored = f" and {bare:,} names are not scored" if bare else ""
+        show.say(f"stopped by {found.stopped}: {found.left:,} features are left{unscored}; run it again to go on")
 
 
 def chosen(atlas: Atlas, listed: str | None, top: int | None, given: dict[int, str] | None) -> list[int]:
