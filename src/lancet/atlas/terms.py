@@ -12,6 +12,7 @@ _UNSPACED = (
     "\U00020000-\U0003ffff"
 )
 _RUNS = re.compile(f"([{_UNSPACED}]+)|[^\\W_{_UNSPACED}]+")
+_SIGNS = re.compile(f"[{_UNSPACED}]")
 _WORDS = re.compile(f"[^\\W_{_UNSPACED}]+")
 
 
@@ -75,11 +76,11 @@ def around(text: str, begin: int, end: int) -> str:
     if _WORDS.fullmatch(text, end - 1, end):
         if found := _WORDS.match(text, end):
             end = found.end()
-    elif _RUNS.fullmatch(text, end - 1, end) and end < len(text):
+    elif _SIGNS.match(text, end - 1) and _SIGNS.match(text, end):
         end += 1
     if _WORDS.fullmatch(text, begin, begin + 1):
         while begin > 0 and _WORDS.fullmatch(text, begin - 1, begin):
             begin -= 1
-    elif _RUNS.fullmatch(text, begin, begin + 1) and begin > 0:
+    elif begin > 0 and _SIGNS.match(text, begin) and _SIGNS.match(text, begin - 1):
         begin -= 1
     return text[begin:end]

@@ -92,7 +92,7 @@ def facts(card: Card) -> list[tuple[str, str]]:
         first, last = card.filled()
         if last > first:
             drawn = spark(record.histogram[first:last])
-            out.append(("", f"{card.edge(first):.2g} {drawn} {card.edge(last):.2g}"))
+            out.append(("firings", f"{card.edge(first):.3g} {drawn} {card.edge(last):.3g} (by activation)"))
         out.append(("position", f"1 {spark(card.rates)} 512 on (share of tokens there, most {max(card.rates):.2%})"))
         out.append(("fires on", _pairs(record.fires_tokens, [f"{s:.0%}" for s in record.fires_shares])))
     for label, lens, unit in (("says", "effect", "nats"), ("logit lens", "logit", "logits")):
@@ -167,7 +167,7 @@ def show_example(example: Example) -> None:
         return
     from rich.text import Text
 
-    line = Text(f"{example.value:>{MARGIN - 2}.3g}  ", style="dim")
+    line = Text().append(f"{example.value:>{MARGIN - 2}.3g}  ", style="dim")
     line.append_text(coloured(example, show.console().width - MARGIN))
     show.console().print(line, no_wrap=True, overflow="crop")
 
