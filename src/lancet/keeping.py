@@ -109,6 +109,7 @@ def _rest() -> list[Kept]:
     kinds = {
         "facts": "what was measured about SAEs",
         "background": "what SAEs do on neutral text",
+        "search": "what atlases are searched by",
         "checks": "what self-tests found",
         "basis": "in which basis SAEs of unknown origin were found to be",
         "hashes": "hashes of files",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lancet.ablate import Ablation, Ranking
+    from lancet.atlas.atlas import Atlas
     from lancet.dose import Dose
     from lancet.effect import Effect
     from lancet.facts import Facts
@@ -104,6 +105,7 @@ class Lab:
         self.saes: list[Sae] = [friends.sae_of(sae, self.model, basis) for sae in held]
         self._shipped = dict(facts or {})
         self._facts: dict[Site, Facts] = {}  # by site: two folders may bear one name
+        self._atlas: Atlas | None = None
         self._means: dict[tuple[Any, ...], Tensor] = {}  # mean differences of sentences
         sites = [sae.site for sae in self.saes]
         if len(set(sites)) < len(sites):
@@ -136,6 +138,16 @@ class Lab:
         if sae.site not in self._facts:
             self._facts[sae.site] = facts_module.of(self.model, sae, self._shipped.get(sae.site), self.say)
         return self._facts[sae.site]
+
+    @property
+    def atlas(self) -> Atlas | None:
+        """What a corpus says about the features of the default SAE: the atlas that ships with it, else the one that was
+        harvested for it; None where there is neither."""
+        if self._atlas is None and self.saes:
+            from lancet.atlas import which
+
+            self._atlas = which.of(self.sae(), self._shipped.get(self.sae().site))
+        return self._atlas
 
     def _norm(self, site: Site) -> float:
         """The typical norm at a site, from the facts of an SAE that writes there."""

@@ -157,6 +157,22 @@ def load(sae: Sae) -> Names:
         raise DamagedError(f"{where} was damaged: {error}; restore it, or delete it to begin anew") from error
 
 
+def entries_of(key: str) -> dict[str, dict[str, Any]]:
+    """Name -> its entry as the file has it, by the SAE's key alone: beside an atlas no SAE is open.
+
+    Raises:
+        DamagedError: the file is not JSON, or not of names.
+    """
+    where = data_dir() / "names" / f"{key}.json"
+    if not re.fullmatch(r"[\w-]+", key) or not where.is_file():  # a key may come out of a file that others made
+        return {}
+    told = read_json(where)
+    names = told.get("names") if isinstance(told, dict) else None
+    if not isinstance(names, dict):
+        raise DamagedError(f"{where} is not a file of names; restore it, or delete it to begin anew")
+    return {name: entry for name, entry in names.items() if isinstance(entry, dict)}
+
+
 def normal(name: str) -> str:
     """The one spelling of a name that may be typed in several ways (`é` as one character or two)."""
     return unicodedata.normalize("NFC", name)

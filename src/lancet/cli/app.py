@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from lancet.cli.names import names
 from lancet.cli.opening import Choice
-from lancet.cli.options import opens
+from lancet.cli.options import names_pair, opens
 from lancet.errors import UsageError
 
 app = typer.Typer(
@@ -133,6 +134,44 @@ def find(
 
     files = (like_file, unlike_file)
     run(words, like or [], unlike or [], files, at, top, together, blend, causes, choice, json)
+
+
+Beside = Annotated[Path | None, typer.Option("--atlas", help="The atlas' folder; left out, that of the SAE.")]
+
+
+@app.command()
+@names_pair
+def card(
+    features: Annotated[list[str], typer.Argument(help="Numbers or names of features.")],
+    atlas: Beside = None,
+    examples: Annotated[int, typer.Option(help="Examples of the strongest band; others have at most 4.")] = 10,
+    html: Annotated[Path | None, typer.Option(help="Write a page of the cards to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the card to this file.")] = None,
+    choice: Choice = Choice(),  # noqa: B008 - frozen
+    json: Json = False,
+) -> None:
+    """What an atlas says about a feature: how often and where it fires, what it says, who its neighbours are."""
+    from lancet.cli.card import run
+
+    run(features, atlas, examples, html, png, choice, json)
+
+
+@app.command()
+@opens
+def search(
+    words: Annotated[str | None, typer.Argument(help="Words, such as bridge or 'golden gate bridge'.")] = None,
+    like: Annotated[
+        list[str] | None, typer.Option(help="Sentences instead: opens the model and finds what detects them.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Features listed.")] = 20,
+    atlas: Beside = None,
+    choice: Choice = Choice(),  # noqa: B008 - frozen
+    json: Json = False,
+) -> None:
+    """Features by words: which fire on them, which say them, which are called so. `lancet find` measures instead."""
+    from lancet.cli.search import run
+
+    run(words, like or [], top, atlas, choice, json)
 
 
 @app.command()
@@ -380,6 +419,8 @@ def get(
 
     run(name, accept_terms)
 
+
+app.add_typer(names, name="names")
 
 cache = typer.Typer(invoke_without_command=True)
 app.add_typer(cache, name="cache")

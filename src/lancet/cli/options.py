@@ -47,6 +47,15 @@ def opens(command: Callable[..., None]) -> Callable[..., None]:
 
     A command whose default opens anything has no `--anyway`.
     """
+    return _with(command, OPTIONS)
+
+
+def names_pair(command: Callable[..., None]) -> Callable[..., None]:
+    """Like `opens` for a command that opens nothing: `--model` and `--sae` say whose files are meant."""
+    return _with(command, {name: OPTIONS[name] for name in ("model", "sae")})
+
+
+def _with(command: Callable[..., None], options: dict[str, Any]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     default: Choice = signature.parameters["choice"].default
     parameters: list[inspect.Parameter] = []
@@ -54,7 +63,7 @@ def opens(command: Callable[..., None]) -> Callable[..., None]:
         if name != "choice":
             parameters.append(parameter)
             continue
-        for option, annotation in OPTIONS.items():
+        for option, annotation in options.items():
             if option == "anyway" and default.anyway:
                 continue
             value = None if option == "sae" else getattr(default, option)
@@ -62,7 +71,7 @@ def opens(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        own = {name: given.pop(name) for name in OPTIONS if name in given}
+        own = {name: given.pop(name) for name in options if name in given}
         own["saes"] = tuple(own.pop("sae") or ())
         command(choice=Choice(**{"anyway": default.anyway, **own}), **given)
 

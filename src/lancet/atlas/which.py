@@ -1,0 +1,123 @@
+"""Which atlas is meant: the folder that was named, else the one of the SAE that would be opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lancet import names
+from lancet.atlas import place
+from lancet.atlas.atlas import Atlas
+from lancet.atlas.manifest import NAME
+from lancet.errors import MissingError, UnknownName, UsageError
+from lancet.files import read_json
+
+if TYPE_CHECKING:
+    from lancet.sae import Sae
+
+INSIDE = "atlas"  # the folder of the atlas that comes with an SAE, inside the SAE's own
+
+
+def find(model: str, saes: Sequence[str] = (), folder: Path | None = None) -> Atlas:
+    """Opens the atlas in `folder`, else the one that ships with an SAE, else the one that was harvested for it.
+
+    Neither the model nor the SAE is opened.
+
+    Args:
+        model: the model's name; saes: its SAEs' names as `--sae` takes them, none for the model's default.
+
+    Raises:
+        MissingError: there is no atlas; says where it was looked for. DamagedError: it cannot be read.
+    """
+    if folder is not None:
+        return Atlas.open(folder)
+    looked = places(model, saes)
+    for where in looked:
+        if (where / NAME).is_file():
+            return Atlas.open(where)
+    what = ", ".join(saes) or f"the SAE of {model}"
+    raise MissingError(
+        f"there is no atlas of {what} (looked in {', '.join(map(str, looked)) or 'no place'}); make one with `lancet "
+        f"harvest`, or name its folder with --atlas"
+    )
+
+
+def of(sae: Sae, shipped: Path | None = None) -> Atlas | None:
+    """The atlas of an open SAE, None where there is none; one of other weights under the same name is none of it.
+
+    Args:
+        shipped: a file of the folder that the SAE came in.
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
+    inside = [] if shipped is None else [shipped.parent / INSIDE]
+    for where in [*inside, place.default(sae.name)]:
+        if (where / NAME).is_file() and (found := Atlas.open(where)).belongs(sae):
+            return found
+    return None
+
+
+def places(model: str, saes: Sequence[str] = ()) -> list[Path]:
+    """Where the atlas of a pair may lie, the likeliest first."""
+    from lancet.loading import DEFAULT_SAES, bundled
+
+    ours = bundled(model)
+    default = DEFAULT_SAES.get(names.hub_id(model) or "")
+    out: list[Path] = []
+    for name in saes or [None]:
+        site = _site(name)
+        if name is None and ours:
+            out += _of_folder(next(iter(ours.values())))
+        elif name is None:
+            out += [place.default("/".join(default))] if default else []
+        elif Path(name).is_dir():
+            out += _of_folder(Path(name))
+        elif site in ours:
+            out += _of_folder(ours[site])
+        else:
+            out += [place.default(name)]
+            out += [place.default(f"{default[0]}/{site}")] if default and site else []
+    return list(dict.fromkeys(out))
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    from lancet import published
+
+    told = published.told(folder)
+    names_of = [folder.resolve().name] + ([f"{told['release']}/{told['id']}"] if told else [])
+    return [folder / INSIDE, *map(place.default, names_of)]
+
+
+def _site(name: str | None) -> str:
+    from lancet.site import Site
+
+    try:
+        return "" if name is None else str(Site.parse(name))
+    except UsageError:
+        return ""
+
+
+def feature(atlas: Atlas, text: str) -> int:
+    """The feature that a number (`12`, `#12`), a name of the user's or a concept of the SAE's card stands for.
+
+    Raises:
+        UnknownName: nothing is called so. UsageError: there is no such feature, or the name stands for several.
+    """
+    from lancet.namefile import entries_of, normal
+
+    bare = text.strip().removeprefix("#")
+    if bare.isascii() and bare.isdigit():
+        return atlas.check_feature(int(bare))
+    name = normal(text.strip())
+    card = atlas.folder.parent / "concepts.json"  # beside an atlas that ships with its SAE
+    known = (read_json(card) if card.is_file() else {}) | entries_of(atlas.manifest.key)
+    if name not in known:
+        raise UnknownName("feature name", name, known, "or give its number, such as 12, or `lancet search` for words")
+    entry = known[name]
+    if isinstance(entry.get("feature"), int) and not entry.get("blend"):
+        return atlas.check_feature(entry["feature"])
+    parts = [f"{feature}" for feature, _ in entry.get("blend") or ()]
+    hint = f"its features' cards: lancet card {' '.join(parts[:5])}" if parts else f"`lancet name {name}` tells it"
+    raise UsageError(f"{name} is a blend or a direction, not a single feature; {hint}")
