@@ -48,7 +48,7 @@ def active(model: Model, saes: Sequence[Sae], shard: Shard) -> list[Active]:
             keep[:, 0] = False
         values = model.values(batch, [sae.site for sae in saes])
         row, column = (index.cpu() for index in keep.nonzero(as_tuple=True))
-        at = begin[torch.tensor(group)[row]] + column - (start is not None)
+        at = begin[torch.tensor(group)[row]] + column - int(start is not None)
         for which, sae in enumerate(saes):
             value = values[sae.site]
             if sae.kind.contextual:  # text by text, with what stands before each token

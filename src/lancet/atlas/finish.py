@@ -53,8 +53,7 @@ def write(
     """
     if (folder / "manifest.json").is_file():
         return
-    for part in (statistics.peaks, statistics.fires, statistics.pairs):
-        part.settle()
+    statistics.settle()
     shown = {}
     if with_lenses:
         own = work / f"lenses-{slug(told['site'])}"
@@ -110,6 +109,7 @@ def bounds(statistics: Statistics) -> Array:
 
 def examples(statistics: Statistics, edges: Array) -> dict[str, Array]:
     """The chosen peaks with their bands, by feature, band, then rank: {"peak": PEAK, "band", "rank"}."""
+    statistics.settle()
     top, low = statistics.peaks.top, statistics.peaks.low.copy()
     band = 1 + (low["bin"][:, None] >= edges[low["feature"]]).sum(1)
     low["bin"] = band  # bands are whole bins: the lowest hashes of a band are among those of its bins

@@ -177,7 +177,7 @@ def _prepare(lab: Lab, plan: Plan, found: Any, work: Path, bad: Bad, say: Say) -
 
     try:
         texts = documents(found, plan.field, bad)
-        prepared = shards.prepare(lab.model, texts, work / "shards", plan.length, plan.tokens, bad, told)
+        prepared = shards.prepare(lab.model, texts, work / "shards", plan.length, plan.tokens, plan.shard_tokens, bad, told)
     finally:
         step("preparing the corpus", 1, 1)
     if bad.total:

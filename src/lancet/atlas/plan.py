@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lancet import facts as facts_module
 from lancet import namefile
+from lancet.atlas import shards
 from lancet.atlas.place import slug
-from lancet.atlas.shards import LONGEST, SHARD
 from lancet.errors import LancetError, MismatchError, UsageError
 from lancet.files import read_json, write_json
 from lancet.site import Site
@@ -55,7 +55,7 @@ class Plan:
     field: str
     length: int
     tokens: int | None
-    shard_tokens: int = SHARD
+    shard_tokens: int
 
     def to_json(self) -> dict[str, Any]:
         """With the version of the format."""
@@ -70,7 +70,7 @@ def make(
     Raises:
         UsageError: a length or a number of tokens that cannot be.
     """
-    most = min(lab.model.context, LONGEST)
+    most = min(lab.model.context, shards.LONGEST)
     length = min(LENGTH, most) if length is None else length
     if not 2 <= length <= most:
         raise UsageError(f"a piece must have 2 to {most} tokens with {lab.model.name}, got --length {length}")
@@ -88,7 +88,8 @@ def make(
         for sae in saes
     ]
     corpus = [source.identity() for source in found]
-    return Plan({"name": lab.model.name, "fingerprint": fingerprint(lab.model)}, told, corpus, field, length, tokens)
+    model = {"name": lab.model.name, "fingerprint": fingerprint(lab.model)}
+    return Plan(model, told, corpus, field, length, tokens, shards.SHARD)
 
 
 def octave(maximum: float) -> int:

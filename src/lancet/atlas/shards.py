@@ -193,6 +193,7 @@ def prepare(
     folder: Path,
     length: int,
     tokens: int | None = None,
+    size: int = SHARD,
     bad: Bad | None = None,
     told: Callable[[int], None] = lambda tokens: None,
 ) -> Prepared:
@@ -201,6 +202,7 @@ def prepare(
     Args:
         length: tokens of a piece at most, its start token counted.
         tokens: after so many reading ends, in the middle of a document if need be.
+        size: tokens of a shard, about.
         bad: what the documents' reader counts into.
         told: called with the tokens done, after each shard.
 
@@ -226,7 +228,7 @@ def prepare(
         if left is not None:
             row = _cut(row, left)
             left -= len(row[2])
-        if rows and held + len(row[2]) > SHARD:
+        if rows and held + len(row[2]) > size:
             flush()
             held = 0
         rows.append(row)

@@ -198,12 +198,16 @@ class Statistics:
         for name in ("peaks", "fires", "pairs"):
             getattr(self, name).merge(getattr(other, name))
 
+    def settle(self) -> None:
+        """Merges what waits to be merged."""
+        for part in (self.peaks, self.fires, self.pairs):
+            part.settle()
+
     # ---- files -------------------------------------------------------------------------------------------------
 
     def arrays(self) -> dict[str, Array]:
         """All of it as arrays, the same whatever order the shards came in."""
-        for part in (self.peaks, self.fires, self.pairs):
-            part.settle()
+        self.settle()
         names = ("fired", "total", "maximum", "minimum", "histogram", "positions", "places")
         found: dict[str, Array] = {name: getattr(self, name) for name in names}
         found["pieces"] = np.array([self.pieces])
