@@ -45,6 +45,7 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
     | {"sweep", "saying", "baselines", "fit", "ways", "dose", "dosing"}
     | {"logit_lens", "background", "examples", "detect", "effects", "find"}
     | {"projection", "mix", "neurons", "about", "watch"},
+    {"atlas"},
     {"figures"},
     {"cli"},
 ]

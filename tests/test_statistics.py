@@ -131,7 +131,14 @@ def test_examples(signed: bool) -> None:
     for f in range(F):
         own = chosen["peak"]["feature"] == f
         got = [
-            (int(band), int(rank), float(peak["value"]), int(peak["hash"]), int(peak["peak"]), peak["strengths"].tolist())
+            (
+                int(band),
+                int(rank),
+                float(peak["value"]),
+                int(peak["hash"]),
+                int(peak["peak"]),
+                peak["strengths"].tolist(),
+            )
             for band, rank, peak in zip(chosen["band"][own], chosen["rank"][own], chosen["peak"][own], strict=True)
         ]
         peaks = peaks_of(f, seeds, signed)

@@ -63,7 +63,10 @@ def active(model: Model, saes: Sequence[Sae], shard: Shard) -> list[Active]:
     out = []
     for which, sae in enumerate(saes):
         encode(which)
-        entries = [(at[f.token.cpu()], f.feature.cpu(), f.value.cpu()) for at, f in zip(token[which], found[which], strict=True)]
+        entries = [
+            (at[f.token.cpu()], f.feature.cpu(), f.value.cpu())
+            for at, f in zip(token[which], found[which], strict=True)
+        ]
         tokens, feature, value = (torch.cat(parts).numpy() for parts in zip(*entries, strict=True))
         out.append(Active.of(tokens, feature, value, sae.d_sae, shard.layout))
     return out

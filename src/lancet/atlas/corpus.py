@@ -256,16 +256,22 @@ def _parquet(source: Source, column: str) -> Iterator[str]:
     import pyarrow.parquet as parquet
 
     if source.packed:
-        raise UsageError(f"{source.name}: Parquet is packed in itself and cannot be read inside {source.packed}; unpack it")
+        raise UsageError(
+            f"{source.name}: Parquet is packed in itself and cannot be read inside {source.packed}; unpack it"
+        )
     try:
         with parquet.ParquetFile(source.path) as file:
             names = file.schema_arrow.names
             if column not in names:
-                raise UsageError(f"{source.name} has no column {column!r}; it has {', '.join(names)}: choose one with --field")
+                raise UsageError(
+                    f"{source.name} has no column {column!r}; it has {', '.join(names)}: choose one with --field"
+                )
             for batch in file.iter_batches(batch_size=256, columns=[column]):
                 texts = batch.column(0).to_pylist()
                 if any(not isinstance(text, (str, type(None))) for text in texts):
-                    raise UsageError(f"the column {column!r} of {source.name} holds no text; choose another with --field")
+                    raise UsageError(
+                        f"the column {column!r} of {source.name} holds no text; choose another with --field"
+                    )
                 yield from (text for text in texts if text)
     except (pyarrow.ArrowException, OSError) as error:
         raise DamagedError(f"{source.name} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
@@ -292,7 +298,9 @@ def _dataset(source: Source, column: str) -> Iterator[str]:
     for part in parts:
         names = part.column_names
         if names and column not in names:
-            raise UsageError(f"{source.name} has no column {column!r}; it has {', '.join(names)}: choose one with --field")
+            raise UsageError(
+                f"{source.name} has no column {column!r}; it has {', '.join(names)}: choose one with --field"
+            )
         for row in part:
             text = row.get(column)
             if isinstance(text, str) and _is_unicode(text):

@@ -320,7 +320,9 @@ def _fires(statistics: Statistics, words: _Words) -> dict[int, tuple[list[str], 
     keep = ranks(begins(feature)) < FIRES
     feature, token, mass = feature[keep], token[keep], mass[keep]
     found: dict[int, tuple[list[str], list[float]]] = {}
-    for f, word, share in zip(feature.tolist(), words.of(token.tolist()), (mass / whole[feature]).tolist(), strict=True):
+    for f, word, share in zip(
+        feature.tolist(), words.of(token.tolist()), (mass / whole[feature]).tolist(), strict=True
+    ):
         held = found.setdefault(f, ([], []))
         held[0].append(word)
         held[1].append(share)

@@ -156,10 +156,12 @@ def harvest(
         prepared = shards.finished(work / "shards") or _prepare(lab, plan, found, work, bad, say)
         sums = _sums(plan, work)
         if engine == "ray":
+            from lancet.atlas import ray_engine
+
             parts = ray_engine.parts(lab, chosen, plan, prepared, sums, workers, address, say)
         else:
-            parts = None
-        _count(lab, chosen, prepared, sums, parts, say)
+            parts = _locally(lab, chosen, prepared, sums)
+        _count(prepared, sums, parts, say)
         for sae, told, counted, folder in zip(chosen, plan.saes, sums, folders, strict=True):
             finish.write(lab, sae, plan, told, prepared, counted.statistics, folder, work, lenses, say)
         shutil.rmtree(work)
@@ -173,11 +175,17 @@ def _prepare(lab: Lab, plan: Plan, found: Any, work: Path, bad: Bad, say: Say) -
     step: Callable[[str, int, int], None] = getattr(say, "step", lambda text, done, of: None)
 
     def told(done: int) -> None:
-        step("preparing the corpus" if plan.tokens else f"preparing the corpus: {done:,} tokens", done, plan.tokens or done + 1)
+        step(
+            "preparing the corpus" if plan.tokens else f"preparing the corpus: {done:,} tokens",
+            done,
+            plan.tokens or done + 1,
+        )
 
     try:
         texts = documents(found, plan.field, bad)
-        prepared = shards.prepare(lab.model, texts, work / "shards", plan.length, plan.tokens, plan.shard_tokens, bad, told)
+        prepared = shards.prepare(
+            lab.model, texts, work / "shards", plan.length, plan.tokens, plan.shard_tokens, bad, told
+        )
     finally:
         step("preparing the corpus", 1, 1)
     if bad.total:
@@ -188,15 +196,11 @@ def _prepare(lab: Lab, plan: Plan, found: Any, work: Path, bad: Bad, say: Say) -
 
 
 def _sums(plan: Plan, work: Path) -> list[Sum]:
-    return [
-        Sum.at(work / f"{slug(told['site'])}.safetensors", told["d_sae"], told["octave"]) for told in plan.saes
-    ]
+    return [Sum.at(work / f"{slug(told['site'])}.safetensors", told["d_sae"], told["octave"]) for told in plan.saes]
 
 
-def _count(lab: Lab, saes: Sequence[Sae], prepared: Prepared, sums: list[Sum], parts: Any, say: Say) -> None:
+def _count(prepared: Prepared, sums: list[Sum], parts: Iterator[None], say: Say) -> None:
     """Adds up all shards, with checkpoints; what is counted when it is interrupted is kept."""
-    if parts is None:
-        parts = _locally(lab, saes, prepared, sums)
     watch = _Watch(prepared, sums, say)
     try:
         for _ in parts:

@@ -240,7 +240,9 @@ def prepare(
     out.bad_lines, out.fingerprint = bad.total if bad else 0, str(state)
     if not out.shards:
         why = f"; {bad}" if bad and bad.total else ""
-        raise UsageError(f"the corpus is empty: it holds no text{why}; give other files or another --field".replace("\n", "; "))
+        raise UsageError(
+            f"the corpus is empty: it holds no text{why}; give other files or another --field".replace("\n", "; ")
+        )
     told_json = {"shards": out.shards} | out.to_json()
     write_json(folder / PREPARED, told_json)
     return out
