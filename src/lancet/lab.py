@@ -107,6 +107,7 @@ class Lab:
         self._facts: dict[Site, Facts] = {}  # by site: two folders may bear one name
         self._atlas: Atlas | None = None
         self._means: dict[tuple[Any, ...], Tensor] = {}  # mean differences of sentences
+        self.opened: dict[str, Any] | None = None  # arguments of open_lab with which another process opens the same
         sites = [sae.site for sae in self.saes]
         if len(set(sites)) < len(sites):
             raise UsageError(f"two SAEs at one site ({', '.join(map(str, sites))}); open them in separate labs")
@@ -706,4 +707,7 @@ def open_lab(
         for chosen, facts in pairs:
             if facts is None:  # those that ship with facts were tested with them
                 check.first(opened, chosen, say).refuse()
-    return Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs}, say=say)
+    lab = Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs}, say=say)
+    how = {"device": device, "dtype": dtype, "basis": basis, "sae_memory": sae_memory, "quantize": quantize}
+    lab.opened = {"model": model, "sae": sae, "device_map": device_map, "anyway": True} | how  # it was tested here
+    return lab

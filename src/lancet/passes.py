@@ -103,7 +103,7 @@ def _chunk(model: Model, sae: Sae, rows: Sequence[Tokens], first: int, sites: Se
 
     wanted = list(dict.fromkeys([sae.site, *sites]))
     held: list[tuple[Tensor, Tensor, Tensor, dict[Site, Tensor]]] = []
-    for which in _alike(rows):
+    for which in alike(rows):
         batch = model.batch([rows[i] for i in which])
         values, keep = model.values(batch, wanted), batch.content
         row, position = keep.nonzero(as_tuple=True)
@@ -132,7 +132,7 @@ def _joined(sae: Sae, held: Sequence[tuple[Tensor, Tensor, Tensor, dict[Site, Te
     return Piece(sae.features(values[sae.site]), torch.cat(text), torch.cat(position), torch.cat(ids), values)
 
 
-def _alike(rows: Sequence[Tokens]) -> Iterator[list[int]]:
+def alike(rows: Sequence[Tokens]) -> Iterator[list[int]]:
     """The texts in groups of like length, each of at most TOGETHER tokens with its padding."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     group: list[int] = []

@@ -381,6 +381,35 @@ def ablate(
 
 
 @app.command()
+@opens
+def harvest(
+    corpus: Annotated[
+        list[str],
+        typer.Argument(help="Files (.txt, .md, .jsonl, .parquet; .gz, .zst), folders, a data set's name, or -."),
+    ],
+    tokens: Annotated[str | None, typer.Option(help="Read no more than so many, such as 10M or 250k.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The atlas's folder; left out, the SAE's own place.")] = None,
+    field: Annotated[str, typer.Option(help="The field or column that holds the text.")] = "text",
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a piece; 512, or the model's context where that is less.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for several processes.")] = "local",
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster's; left out, one is started here.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes of Ray; 0 chooses.")] = 0,
+    lenses: Annotated[
+        bool, typer.Option("--lenses/--no-lenses", help="Also measure what each feature makes the model say.")
+    ] = True,
+    choice: Choice = Choice(),  # noqa: B008 - frozen
+    json: Json = False,
+) -> None:
+    """Read a corpus and write an atlas: when each feature fires, how strongly, on what, with what, and what it says."""
+    from lancet.cli.harvest import run
+
+    how = {"column": field, "length": length, "engine": engine, "address": address, "workers": workers}
+    run(corpus, out, tokens, choice, json, lenses=lenses, **how)
+
+
+@app.command()
 def saes(
     model: Annotated[str | None, typer.Option(help="Only those of this model, under any of its names.")] = None,
     site: Annotated[str | None, typer.Option(help="blocks.6.hook_resid_pre, resid_pre, or a layer's number.")] = None,

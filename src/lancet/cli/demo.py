@@ -58,7 +58,7 @@ def run(out: Path, choice: Choice, json: bool) -> None:
     entry = lab.facts().concepts.get(CONCEPT) or found
     told |= {"fires": _fires(lab, entry["feature"], json), "steer": _steer(lab, entry, json)}
     told |= {"dose": _dose(lab, entry, json)}
-    if MIXED <= set(lab.facts().concepts):
+    if set(lab.facts().concepts) >= MIXED:
         told |= {"mix": _mix(lab, json)}
     if REFUSAL in lab.facts().concepts:
         told |= {"ablate": _ablate(lab, json)}

@@ -1,0 +1,72 @@
+"""A shard through the model and its SAEs: one pass of the model serves all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lancet import passes
+from lancet.atlas.shards import Shard
+from lancet.atlas.statistics import Active
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lancet.features import Features
+    from lancet.model import Model
+    from lancet.sae import Sae
+
+
+def active(model: Model, saes: Sequence[Sae], shard: Shard) -> list[Active]:
+    """What fires in a shard, of each SAE; pieces of like length share a pass, and the start token is left out.
+
+    The shapes of the passes depend on the shard alone, so that the same shard gives the same numbers.
+    """
+    import torch
+
+    start = model.start_plain
+    rows = [ids.tolist() if start is None else [start, *ids.tolist()] for ids in shard.ids]
+    lengths = np.array([len(ids) for ids in shard.ids])
+    begin = torch.from_numpy(lengths.cumsum() - lengths)  # each piece's first token among the shard's
+    found: list[list[Features]] = [[] for _ in saes]
+    token: list[list[Tensor]] = [[] for _ in saes]
+    held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in saes]
+
+    def encode(which: int) -> None:
+        if held[which]:
+            at, values = (torch.cat(parts) for parts in zip(*held[which], strict=True))
+            held[which].clear()
+            found[which].append(saes[which].features(values))
+            token[which].append(at)
+
+    for group in passes.alike(rows):
+        batch = model.batch([rows[i] for i in group])
+        keep = batch.mask.clone()
+        if start is not None:
+            keep[:, 0] = False
+        values = model.values(batch, [sae.site for sae in saes])
+        row, column = (index.cpu() for index in keep.nonzero(as_tuple=True))
+        at = begin[torch.tensor(group)[row]] + column - int(start is not None)
+        for which, sae in enumerate(saes):
+            value = values[sae.site]
+            if sae.kind.contextual:  # text by text, with what stands before each token
+                found[which] += list(sae.features_of(value, keep))
+                token[which] += [at[row == i] for i in range(len(group))]
+                continue
+            held[which].append((at, value[keep]))
+            waiting = sum(len(each) for each, _ in held[which])
+            # A matrix that is converted at each use is used for as many tokens as there is room for.
+            if sae.one_piece or waiting + passes.TOGETHER > sae.tokens_at_once:
+                encode(which)
+    out = []
+    for which, sae in enumerate(saes):
+        encode(which)
+        entries = [
+            (at[f.token.cpu()], f.feature.cpu(), f.value.cpu())
+            for at, f in zip(token[which], found[which], strict=True)
+        ]
+        tokens, feature, value = (torch.cat(parts).numpy() for parts in zip(*entries, strict=True))
+        out.append(Active.of(tokens, feature, value, sae.d_sae, shard.layout))
+    return out

@@ -1,0 +1,186 @@
+"""What a harvest was begun with, kept in its work folder: a resumed harvest must be the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lancet import facts as facts_module
+from lancet import namefile
+from lancet.atlas import shards
+from lancet.atlas.place import slug
+from lancet.errors import LancetError, MismatchError, UsageError
+from lancet.files import read_json, write_json
+from lancet.site import Site
+
+if TYPE_CHECKING:
+    from lancet.atlas.corpus import Source
+    from lancet.lab import Lab
+    from lancet.model import Model
+    from lancet.sae import Sae
+
+VERSION = 1
+WORK, PLAN = ".work", "plan.json"
+LENGTH = 512
+ROOM = 4  # the histogram's scale is so many times the largest maximum known
+SAID = {
+    "model": "another model",
+    "saes": "other SAEs",
+    "corpus": "another corpus",
+    "length": "another --length",
+    "tokens": "another --tokens",
+    "field": "another --field",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings that decide what a harvest counts.
+
+    Attributes:
+        model: {"name", "fingerprint"}.
+        saes: of each {"name", "site", "d_sae", "key", "fingerprint", "octave"}.
+        corpus: identities of its sources, see `corpus.Source.identity`.
+        field, length, tokens, shard_tokens: see `harvest`.
+    """
+
+    model: dict[str, Any]
+    saes: list[dict[str, Any]]
+    corpus: list[list[Any]]
+    field: str
+    length: int
+    tokens: int | None
+    shard_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """With the version of the format."""
+        return {"lancet_harvest": VERSION} | asdict(self)
+
+
+def make(
+    lab: Lab, saes: Sequence[Sae], found: Sequence[Source], field: str, length: int | None, tokens: int | None
+) -> Plan:
+    """The plan of a harvest; the SAEs' facts are measured where they are not known.
+
+    Raises:
+        UsageError: a length or a number of tokens that cannot be.
+    """
+    most = min(lab.model.context, shards.LONGEST)
+    length = min(LENGTH, most) if length is None else length
+    if not 2 <= length <= most:
+        raise UsageError(f"a piece must have 2 to {most} tokens with {lab.model.name}, got --length {length}")
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"the number of tokens must be at least 1, got {tokens}")
+    told = [
+        {
+            "name": sae.name,
+            "site": str(sae.site),
+            "d_sae": sae.d_sae,
+            "key": namefile.key(sae),
+            "fingerprint": facts_module.fingerprint(lab.model, sae),
+            "octave": octave(float(lab.facts(sae).maximum.abs().max())),
+        }
+        for sae in saes
+    ]
+    corpus = [source.identity() for source in found]
+    model = {"name": lab.model.name, "fingerprint": fingerprint(lab.model)}
+    return Plan(model, told, corpus, field, length, tokens, shards.SHARD)
+
+
+def octave(maximum: float) -> int:
+    """The logarithm to base 2 of the histogram's scale: the power of two that is at least ROOM times the maximum."""
+    return math.ceil(math.log2(ROOM * maximum)) if maximum > 0 else 0
+
+
+def fingerprint(model: Model) -> str:
+    """Of a model's weights, by samples of them, its dtype and its start token."""
+    digest = hashlib.sha256(f"{model.dtype} {model.start_plain}".encode())
+    for tensor in model.parameters_below(Site(model.n_layers - 1, "resid_post")):
+        flat = tensor.detach().flatten()
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def begin(plan: Plan, work: Path) -> None:
+    """Writes the plan into a new work folder; one that is there must be the same.
+
+    Raises:
+        MismatchError: the folder's harvest was begun with something else.
+    """
+    path = work / PLAN
+    if not path.is_file():
+        write_json(path, plan.to_json())
+        return
+    kept, now = read_json(path), plan.to_json()
+    other = [name for name in now if kept.get(name) != now[name] and not (name == "model" and same_model(kept, now))]
+    if other:
+        words = [SAID.get(name, name) for name in other]
+        raise MismatchError(
+            f"{work} holds an unfinished harvest that was begun with {' and '.join(words)}"
+            f"{_settings(other, kept, now)}; go on with the same, delete {work}, or choose another --out"
+        )
+
+
+def same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two plans are of the same weights, under whatever name."""
+    return a.get("model", {}).get("fingerprint") == b.get("model", {}).get("fingerprint")
+
+
+def _settings(other: Sequence[str], kept: dict[str, Any], now: dict[str, Any]) -> str:
+    plain = [name for name in other if name in ("length", "tokens", "field")]
+    return f" ({', '.join(f'{name} {kept.get(name)}, now {now[name]}' for name in plain)})" if plain else ""
+
+
+def places(out: Path, saes: Sequence[Sae]) -> list[Path]:
+    """The folder of each SAE's atlas: `out` for one, folders by site in it for several."""
+    return [out] if len(saes) == 1 else [out / slug(str(sae.site)) for sae in saes]
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[Path]:
+    """The work folder of an atlas, for this process alone.
+
+    Raises:
+        UsageError: another harvest is writing there, or a finished atlas lies there.
+    """
+    from filelock import FileLock, Timeout
+
+    work = out / WORK
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work.with_suffix(".lock"))
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another harvest is writing to {out}; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
+    try:
+        yield work
+    finally:
+        lock.release()
+
+
+def refuse_finished(folders: Sequence[Path]) -> None:
+    """Raises UsageError where all of these hold a finished atlas."""
+    if all((folder / "manifest.json").is_file() for folder in folders):
+        raise UsageError(
+            f"{' and '.join(map(str, folders))} already holds a finished atlas; choose another --out, or delete it first"
+        )
+
+
+def check_free(work: Path, tokens: int | None) -> None:
+    """Raises LancetError where the disk has not even room for the shards of so many tokens."""
+    import shutil
+
+    free, needs = shutil.disk_usage(work).free, 12 * (tokens or 0)
+    if free < needs:
+        raise LancetError(
+            f"not enough disk space in {work}: about {needs / 1e6:.0f} MB needed for the shards, {free / 1e6:.0f} MB "
+            f"free; free some space or choose another --out"
+        )
