@@ -43,7 +43,7 @@ def draw(card: Card, path: Path) -> Path:
         _columns(sizes, record.histogram[first:last] or [0], "firings by activation")
         if last > first:
             ticks = sorted({first, (first + last) // 2, last})
-            sizes.set_xticks([t - first - 0.5 for t in ticks], [f"{card.edge(t):.2g}" for t in ticks])
+            sizes.set_xticks([t - first - 0.5 for t in ticks], [f"{card.edge(t):.3g}" for t in ticks])
         _columns(places, card.rates, f"share of tokens that fire, by position (most {max(card.rates):.2%})")
         places.set_xticks(range(len(POSITIONS)), POSITIONS, fontsize=7, rotation=30)
         _examples(below, examples)
