@@ -81,7 +81,9 @@ def test_a_packed_file_that_is_cut_short(tmp_path: Path) -> None:
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"body": [f"text {i}" for i in range(1000)] + [None], "n": range(1001)}), path, row_group_size=100)
+    pq.write_table(
+        pa.table({"body": [f"text {i}" for i in range(1000)] + [None], "n": range(1001)}), path, row_group_size=100
+    )
     assert read(path, column="body") == [f"text {i}" for i in range(1000)]
     with pytest.raises(UsageError, match=r"no column 'text'; it has body, n.*--field"):
         read(path)
@@ -145,7 +147,13 @@ def test_seen_finds_every_repeat() -> None:
 
 def test_prepare(tiny_gpt2: Callable[..., Model], tmp_path: Path) -> None:
     model = tiny_gpt2()
-    texts = ["The cat sat. 你好，世界 😀 " * 9, "short", "The cat sat. 你好，世界 😀 " * 9, "<|endoftext|>with a start token", "x" * 60]
+    texts = [
+        "The cat sat. 你好，世界 😀 " * 9,
+        "short",
+        "The cat sat. 你好，世界 😀 " * 9,
+        "<|endoftext|>with a start token",
+        "x" * 60,
+    ]
     found = shards.prepare(model, texts, tmp_path / "a", length=24, size=60)
     assert (found.documents, found.repeats, found.tokens) == (4, 1, sum(t for t, _ in found.shards))
     again = shards.finished(tmp_path / "a")
