@@ -185,7 +185,7 @@ def test_examples_show_their_text(model: Model, plain: Path) -> None:
         stop = passage["start"] + row["first"] + len(row["strengths"])
         piece = next(i for i in whole if stop == min(passage["start"] + row["peak"] + 16, len(values[i])))
         at = passage["start"] + row["peak"]
-        np.testing.assert_allclose(values[piece][at, f], row["value"], rtol=1e-5)
+        np.testing.assert_allclose(values[piece][at, f], row["value"], rtol=1e-5, atol=1e-5)
         first = passage["start"] + row["first"]
         window = values[piece][first : first + len(row["strengths"]), f]
         assert first == max(0, at - 16) and len(window) == min(at + 16, len(values[piece])) - first
@@ -200,7 +200,7 @@ def test_examples_show_their_text(model: Model, plain: Path) -> None:
     used = told["examples"].column("passage").to_pylist()
     assert set(used) == set(passages)
     best = told["examples"].to_pandas().query("band == 0 and rank == 0").set_index("feature").value
-    np.testing.assert_allclose(best, strongest.max(0)[best.index], rtol=1e-5)
+    np.testing.assert_allclose(best, strongest.max(0)[best.index], rtol=1e-5, atol=1e-5)
 
 
 def test_another_order_counts_the_same(model: Model, plain: Path, tmp_path: Path) -> None:
