@@ -23,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def near(sae: Sae) -> Iterator[tuple[Array, Array]]:
-    """The features whose decoder directions are nearest, block by block: [n, NEAR] numbers and cosines, nearest first."""
+    """The features whose decoder directions are nearest, by blocks: [n, NEAR] numbers and cosines, nearest first."""
     import torch
 
     columns = min(COLUMNS, sae.d_sae)
@@ -57,12 +57,12 @@ def _unit(sae: Sae, first: int, last: int) -> Any:
 def together(statistics: Statistics, block: int = 1024) -> Iterator[tuple[Array, Array, Array, Array]]:
     """The features that fire on the same tokens most, block by block.
 
-    Ordered by `n_ij / sqrt(n_i n_j)`. Where tokens were sampled, `n_ij` is the share of the feature's firings in its own
-    sample, times all of its firings.
+    Ordered by `n_ij / sqrt(n_i n_j)`. Where tokens were sampled, `n_ij` is the share of the feature's firings in its
+    own sample, times all of its firings.
 
     Yields:
-        (features of the block that have any, other, share, firings in the counted text): [n] each, at most TOGETHER rows
-        a feature, the first one first.
+        (feature, other, share): [n] each, at most TOGETHER rows a feature, the first one first; and [features of the
+        block] the firings that its shares rest on.
     """
     pairs, fired = statistics.pairs, statistics.fired.astype(np.float64)
     own, every = (None, None) if isinstance(pairs, AllPairs) else pairs.matrices()

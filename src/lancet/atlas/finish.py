@@ -351,7 +351,11 @@ def _together(statistics: Statistics) -> tuple[dict[int, Array], dict[int, Array
 def _write(path: Path, schema: Any, tables: Any) -> None:
     import pyarrow.parquet as parquet
 
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table, row_group_size=ROWS if "histogram" in schema.names else 65_536)
+    rows = ROWS if "histogram" in schema.names else 65_536
+    with (
+        whole_file(path) as temporary,
+        temporary.open("wb") as file,
+        parquet.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        for table in tables:
+            writer.write_table(table, row_group_size=rows)

@@ -1,6 +1,6 @@
 """What every feature makes the model say, by both lenses and in both directions, block by block.
 
-Each block is kept in the work folder as soon as it is measured, so that an interrupted harvest does not measure it again.
+Each block is kept in the work folder as soon as it is measured: an interrupted harvest does not measure it again.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def refuse_finished(folders: Sequence[Path]) -> None:
     """Raises UsageError where all of these hold a finished atlas."""
     if all((folder / "manifest.json").is_file() for folder in folders):
         raise UsageError(
-            f"{' and '.join(map(str, folders))} already holds a finished atlas; choose another --out, or delete it first"
+            f"{' and '.join(map(str, folders))} holds a finished atlas; choose another --out, or delete it first"
         )
 
 

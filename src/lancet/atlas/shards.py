@@ -156,7 +156,7 @@ class Prepared:
 
 
 class Seen:
-    """The hashes of documents, 8 bytes each: sorted runs, merged when a later one has grown to an earlier one's size."""
+    """The hashes of documents, 8 bytes each: sorted runs, merged when a later one has grown like an earlier one."""
 
     def __init__(self) -> None:
         self._runs: list[Array] = []
