@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from fixtures_atlas import KEY, write_atlas
 
-from lancet.atlas import card, index, terms
+from lancet.atlas import card, explanations, index, terms
 from lancet.atlas.atlas import Atlas
+from lancet.atlas.explanations import Explanation
 from lancet.atlas.search import Hit, search
 from lancet.cli import main, show
 from lancet.errors import UsageError
@@ -93,7 +93,7 @@ def test_chinese_needs_no_spaces(atlas: Atlas) -> None:
     assert next(iter(found(atlas, "金门大桥"))) == 10
 
 
-def test_names_and_descriptions_are_searched_as_they_are_now(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_and_descriptions_are_searched_as_they_are_now(atlas: Atlas) -> None:
     file = data_dir() / "names" / f"{KEY}.json"
     assert 20 not in found(atlas, "harbour")
     write_json(
@@ -102,22 +102,8 @@ def test_names_and_descriptions_are_searched_as_they_are_now(atlas: Atlas, monke
     hit = found(atlas, "harbours")[20]
     assert (hit.does, hit.name, hit.named) == ("name only", "old_harbour", ("harbours",))
 
-    kept = data_dir() / "explanations" / f"{KEY}.jsonl"
-    kept.parent.mkdir()
-    lines = [
-        {"lancet_explanations": 1, "key": KEY},
-        {"feature": 21, "text": "words about lighthouses", "source": "auto"},
-    ]
-    lines.append({"feature": 2, "text": "lighthouses too", "source": "ask: x", "score": 0.9})
-    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stand_in: Any = ModuleType("lancet.atlas.explanations")
-    stand_in.path = lambda key: kept
-    stand_in.of_json = lambda told: SimpleNamespace(**{"score": None} | told)
-    stand_in.load = lambda key: {line["feature"]: [stand_in.of_json(line)] for line in lines[1:]}
-    monkeypatch.setitem(sys.modules, "lancet.atlas.explanations", stand_in)
-    for module in ("lancet.atlas.search", "lancet.atlas.card"):
-        monkeypatch.setattr(f"{module}.find_spec", lambda name: True)
-        monkeypatch.setattr(f"{module}.import_module", lambda name: stand_in)
+    explanations.keep(KEY, [Explanation(21, "words about lighthouses", "auto")])
+    explanations.keep(KEY, [Explanation(2, "lighthouses too", "ask: x", 0.9)])
     hits = found(atlas, "lighthouse")
     assert hits.keys() == {21, 2} and hits[21].does == "description only"
     assert hits[21].description == "words about lighthouses"

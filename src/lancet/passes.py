@@ -6,7 +6,7 @@ machine it is, and by how many features light: bounds that give the same text on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,7 +132,7 @@ def _joined(sae: Sae, held: Sequence[tuple[Tensor, Tensor, Tensor, dict[Site, Te
     return Piece(sae.features(values[sae.site]), torch.cat(text), torch.cat(position), torch.cat(ids), values)
 
 
-def alike(rows: Sequence[Tokens]) -> Iterator[list[int]]:
+def alike(rows: Sequence[Sized]) -> Iterator[list[int]]:
     """The texts in groups of like length, each of at most TOGETHER tokens with its padding."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     group: list[int] = []

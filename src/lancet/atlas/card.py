@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
+from lancet.atlas import explanations as kept
 from lancet.atlas.atlas import BANDS, Atlas, Example, Record
 from lancet.atlas.manifest import Manifest
 
@@ -187,19 +185,5 @@ def agreed(record: Record) -> tuple[str, ...] | None:
 
 
 def explanations(key: str, feature: int) -> tuple[dict[str, Any], ...]:
-    """The descriptions kept of one feature; its lines alone are parsed, since there may be one for every feature."""
-    if find_spec("lancet.atlas.explanations") is None:
-        return ()
-    kept: Any = import_module("lancet.atlas.explanations")
-    where = kept.path(key)
-    if not where.is_file():
-        return ()
-    begin, out = b'\n{"feature": %d,' % feature, []
-    held = where.read_bytes()
-    at = held.find(begin)
-    while at >= 0:
-        end = held.find(b"\n", at + 1)
-        found = kept.of_json(json.loads(held[at + 1 : None if end < 0 else end]))
-        out.append({"text": found.text, "source": found.source, "score": found.score})
-        at = held.find(begin, at + 1)
-    return tuple(out)
+    """What is kept of one feature's descriptions: {"text", "source", "score"}."""
+    return tuple({"text": e.text, "source": e.source, "score": e.score} for e in kept.of(key, feature))

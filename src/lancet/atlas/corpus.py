@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lancet.errors import DamagedError, MissingError, UsageError
 
@@ -301,7 +301,7 @@ def _dataset(source: Source, column: str) -> Iterator[str]:
             raise UsageError(
                 f"{source.name} has no column {column!r}; it has {', '.join(names)}: choose one with --field"
             )
-        for row in part:
+        for row in cast("Iterable[dict[str, Any]]", part):
             text = row.get(column)
             if isinstance(text, str) and _is_unicode(text):
                 yield text

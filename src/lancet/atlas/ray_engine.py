@@ -101,6 +101,7 @@ def parts(
     """
     import ray
     import torch
+    from ray.exceptions import RayActorError, RayTaskError
 
     workers = workers or WORKERS
     if workers < 1:
@@ -134,7 +135,7 @@ def parts(
             actor, group = busy.pop(ready)
             try:
                 found = ray.get(ready)
-            except ray.exceptions.RayActorError as error:
+            except RayActorError as error:
                 died[group[0][0]] += 1
                 if died[group[0][0]] >= ATTEMPTS:
                     raise LancetError(
@@ -145,7 +146,7 @@ def parts(
                 groups.insert(0, group)
                 idle.append(new())
                 continue
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 if isinstance(error.cause, LancetError):
                     raise error.cause from error
                 raise

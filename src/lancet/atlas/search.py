@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-from lancet.atlas import card, index, terms
+from lancet.atlas import explanations, index, terms
 from lancet.atlas.atlas import Atlas, Record
 from lancet.atlas.index import Matrix
 from lancet.errors import UsageError
@@ -149,11 +147,8 @@ def _named(atlas: Atlas) -> dict[str, Matrix]:
 
 def _described(atlas: Atlas) -> Mapping[str, Matrix]:
     """The index of the explanations that are kept for the SAE, built where their file has changed."""
-    if find_spec("lancet.atlas.explanations") is None:
-        return {}
-    kept: Any = import_module("lancet.atlas.explanations")
     key = atlas.manifest.key
-    where = kept.path(key)
+    where = explanations.path(key)
     if not where.is_file():
         return {}
     facts = where.stat()
@@ -162,7 +157,7 @@ def _described(atlas: Atlas) -> Mapping[str, Matrix]:
     def make() -> Mapping[str, Matrix]:
         import numpy as np
 
-        told = {f: entries for f, entries in sorted(kept.load(key).items()) if f < len(atlas)}
+        told = {f: entries for f, entries in sorted(explanations.load(key).items()) if f < len(atlas)}
         collected = index.Collected()
         for entries in told.values():
             collected.add(term for e in entries for term in terms.terms(e.text))
@@ -175,6 +170,5 @@ def _described(atlas: Atlas) -> Mapping[str, Matrix]:
 
 
 def _best(key: str, feature: int) -> str:
-    found = card.explanations(key, feature)
-    ranked = sorted(found, key=lambda e: -(e["score"] if e["score"] is not None else 0.5))
-    return str(ranked[0]["text"]) if ranked else ""
+    found = explanations.best(explanations.of(key, feature))
+    return found.text if found else ""
