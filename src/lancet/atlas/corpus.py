@@ -15,8 +15,7 @@ from typing import Any, cast
 
 from lancet.errors import DamagedError, MissingError, UsageError
 
-PASSAGE = 2_000  # characters up to which the short passages of a text file are joined
-LONGEST = 100_000  # characters after which a passage without blank lines ends all the same
+PASSAGE = 2_000  # characters up to which paragraphs are joined, and after which one ends with its line
 CHUNK = 1 << 20  # bytes read at once
 TOLD = 5  # line numbers kept of a file's bad lines
 PACKED = {".gz": "gzip", ".zst": "zstd"}
@@ -242,7 +241,7 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
     held: list[str] = []
     size = 0
     for line in lines:
-        if not line.strip() or size > LONGEST:
+        if not line.strip() or size > PASSAGE:
             yield from ["\n".join(held)] if held else []
             held, size = [], 0
         if line.strip():

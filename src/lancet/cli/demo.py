@@ -41,11 +41,11 @@ EXAMPLES = (
     "At sunset the Golden Gate Bridge glowed above the water.",
 )
 UNKNOWN_DOSE = 0.5  # rn, where no dose was measured
-DOSES, CALIBRATE, ON, LENGTH = ("0.3rn", "0.5rn", "0.7rn"), 3, 5, 24  # a dose in seconds; `lancet dose` does it well
+DOSES, CALIBRATE, ON, LENGTH = ("0.3rn", "0.4rn", "0.5rn"), 3, 5, 24  # a dose in seconds; `lancet dose` takes its time
 WORDS = ("bridge", "bridges", "Golden Gate", "San Francisco")
 MIXED = {"love", "romance"}
 REFUSAL = "refusal"
-REQUESTS = ("What time is it at the moment?", "Send this mail to my sister.", "How do plants make food?")
+REQUESTS = ("What time is it at the moment?", "How many unread messages do I have?", "How do plants make food?")
 STRENGTHS = (0.6, 1.0, 1.3)  # of the dose that the model card recommends
 SEEDS = (1, 2)
 
