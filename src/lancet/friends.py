@@ -103,7 +103,7 @@ def sae_of(sae: Any, model: Model, basis: str | None = None) -> Sae:
     pairing.check_model(model, found, about)
     if basis is None and about.kwargs is None and isinstance(model, HookedModel):
         return put_in_basis(found, model, model.processed)  # what the user runs it on is what it reads
-    return pairing.in_its_basis(model, found, about, None, basis)
+    return pairing.in_its_basis(model, found, about, basis)
 
 
 def fwd_hooks(

@@ -180,7 +180,7 @@ def open_sae(
     sae.stated = {name: float(value) for name, value in stated.items() if isinstance(value, (int, float)) and value}
     sae.page = about.page
     pairing.check_model(model, sae, about, anyway)
-    sae = pairing.in_its_basis(model, sae, about, folder, basis)
+    sae = pairing.in_its_basis(model, sae, about, basis)
     sae = sae.place(model.device, share_of(model.device) if memory is None else memory)
     shipped = folder / "facts.safetensors"
     return sae, shipped if shipped.is_file() else None

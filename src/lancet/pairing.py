@@ -136,11 +136,10 @@ def check_model(model: Model, sae: Sae, about: About, anyway: bool = False) -> N
 # ---- basis -------------------------------------------------------------------------------------------------------
 
 
-def in_its_basis(model: Model, sae: Sae, about: About, folder: Path | None, asked: str | None = None) -> Sae:
+def in_its_basis(model: Model, sae: Sae, about: About, asked: str | None = None) -> Sae:
     """The SAE set to the basis that it was trained in.
 
     Args:
-        folder: where its weights lie, so that what was measured is kept; None for one that lies nowhere.
         asked: "plain" or "centred" where the user says it, which goes before everything else.
 
     Raises:
@@ -157,7 +156,7 @@ def in_its_basis(model: Model, sae: Sae, about: About, folder: Path | None, aske
         return tried[asked]
     if alike(*tried.values()):  # at this site of this model the two are one
         return tried["plain"]
-    return tried[_winner(model, sae, tried, folder)]
+    return tried[_winner(model, sae, tried)]
 
 
 def bases() -> dict[str, Basis]:
@@ -179,14 +178,11 @@ def alike(one: Sae, other: Sae) -> bool:
     return bool((one.offset == other.offset).all())
 
 
-def _winner(model: Model, sae: Sae, tried: Mapping[str, Sae], folder: Path | None) -> str:
-    weights = folder / "sae_weights.safetensors" if folder is not None else None
-    found: dict[str, Any]
-    if weights is not None and weights.is_file():
-        name = f"{known_sha256(weights)[:24]}-{sae.site}-{model.d_model}.json"
-        found = kept_json(cache_dir() / "basis" / name, lambda: _measured(model, tried))
-    else:  # nothing to know it again by
-        found = _measured(model, tried)
+def _winner(model: Model, sae: Sae, tried: Mapping[str, Sae]) -> str:
+    from lancet.facts import fingerprint
+
+    place = cache_dir() / "basis" / f"{fingerprint(model, sae)}.json"
+    found: dict[str, Any] = kept_json(place, lambda: _measured(model, tried))
     if found["winner"] is None:
         shares = ", ".join(f"{name} {1 - left:.3f}" for name, left in found["unexplained"].items())
         raise UsageError(
