@@ -157,13 +157,13 @@ def _write(path: Path, tables: Iterable[Any], about: dict[str, Any] | None = Non
     import pyarrow.parquet as parquet
 
     count, writer = 0, None
+    metadata = {b"lancet": json.dumps(about, ensure_ascii=False).encode()} if about else None
     with whole_file(path) as temporary, temporary.open("wb") as file:
         for table in _grouped(tables):
+            table = table.replace_schema_metadata(metadata)
             if writer is None:
-                metadata = {b"lancet": json.dumps(about, ensure_ascii=False).encode()} if about else None
-                schema = table.schema.with_metadata(metadata)
-                writer = parquet.ParquetWriter(file, schema, compression="zstd")
-            writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=max(1, len(table)))
+                writer = parquet.ParquetWriter(file, table.schema, compression="zstd")
+            writer.write_table(table, row_group_size=max(1, len(table)))
             count += len(table)
         if writer is not None:
             writer.close()

@@ -236,6 +236,11 @@ def _flat(part: Any, column: str) -> Array:
     return part[column].combine_chunks().flatten().to_numpy()
 
 
+def _counts(part: Any) -> Array:
+    """[rows] how many features each row has."""
+    return part["features"].combine_chunks().value_lengths().to_numpy()
+
+
 def _one(both: Any, pool: str) -> Any:
     """Two rows of one document as one."""
     import pyarrow as pa
@@ -250,9 +255,8 @@ def _one(both: Any, pool: str) -> Any:
 
 def _given(part: Any, pool: str) -> Any:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    counts = pc.list_value_length(part["features"]).to_numpy()
+    counts = _counts(part)
     value = _flat(part, "values")
     if pool == "mean":
         value = value / np.repeat(part["tokens"].to_numpy(), counts)
@@ -277,7 +281,6 @@ def features(
         LancetError: an activation is not finite.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
     from scipy.sparse import csr_matrix
 
     from lancet.atlas.corpus import is_unicode
@@ -292,7 +295,7 @@ def features(
         if not isinstance(text, str) or not is_unicode(text):
             raise UsageError(f"text {number} is {'not valid Unicode' if isinstance(text, str) else 'no string'}")
     whole = pa.concat_tables(final((table(model, sae, part, pool) for part in chunks(model, texts, length)), pool))
-    counts = pc.list_value_length(whole["features"]).to_numpy()
+    counts = _counts(whole)
     indptr = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
     found = csr_matrix((_flat(whole, "values"), _flat(whole, "features"), indptr), (len(whole), sae.d_sae))
     document = whole["document"].to_numpy()
