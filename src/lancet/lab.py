@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from lancet.ablate import Ablation, Ranking
     from lancet.atlas.atlas import Atlas
+    from lancet.atlas.rows import Encoded
     from lancet.dose import Dose
     from lancet.effect import Effect
     from lancet.facts import Facts
@@ -346,6 +347,23 @@ class Lab:
         own = naming.load(chosen)
         reading.names = {f: name for f in lit if (name := own.of_feature(f))}
         return reading
+
+    def features(
+        self,
+        texts: str | Sequence[str],
+        pool: str | None = None,
+        length: int | None = None,
+        sae: str | Site | None = None,
+    ) -> Encoded:
+        """The active features of texts as a sparse matrix, of every token or pooled; see `lancet.atlas.rows.features`.
+
+        Args:
+            pool: "max", "mean" or "count" over each text's tokens; None for a row of each token.
+            sae: the site of the SAE; the default one where none is named.
+        """
+        from lancet.atlas.rows import features
+
+        return features(self.model, self.sae(sae), texts, pool, length)
 
     def read_direction(self, text: Prompt, direction: str | Direction) -> Projection:
         """Reads how far each token reaches along a direction, as `read` does for features."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lancet import passes
+from lancet.atlas.selection import Array
 from lancet.atlas.shards import Shard
 from lancet.atlas.statistics import Active
 
@@ -20,15 +21,32 @@ if TYPE_CHECKING:
 
 
 def active(model: Model, saes: Sequence[Sae], shard: Shard) -> list[Active]:
-    """What fires in a shard, of each SAE; pieces of like length share a pass, and the start token is left out.
+    """What fires in a shard, of each SAE.
 
-    The shapes of the passes depend on the shard alone, so that the same shard gives the same numbers.
+    Raises:
+        LancetError: an activation is not finite.
+    """
+    found = entries(model, saes, shard.ids)
+    return [Active.of(*each, sae.d_sae, shard.layout) for each, sae in zip(found, saes, strict=True)]
+
+
+def entries(model: Model, saes: Sequence[Sae], ids: Sequence[Array]) -> list[tuple[Array, Array, Array]]:
+    """What fires in some pieces, of each SAE; pieces of like length share a pass, and the start token is left out.
+
+    The shapes of the passes depend on the pieces alone, so that the same pieces give the same numbers.
+
+    Args:
+        ids: of each piece [tokens] token ids without the start token, at least one.
+
+    Returns:
+        for each SAE (token, feature, value), each [nnz], in no order: tokens are counted from the first of the first
+        piece on, values are float32.
     """
     import torch
 
     start = model.start_plain
-    rows = [ids.tolist() if start is None else [start, *ids.tolist()] for ids in shard.ids]
-    lengths = np.array([len(ids) for ids in shard.ids])
+    rows = [piece.tolist() if start is None else [start, *piece.tolist()] for piece in ids]
+    lengths = np.array([len(piece) for piece in ids])
     begin = torch.from_numpy(lengths.cumsum() - lengths)  # each piece's first token among the shard's
     found: list[list[Features]] = [[] for _ in saes]
     token: list[list[Tensor]] = [[] for _ in saes]
@@ -61,12 +79,12 @@ def active(model: Model, saes: Sequence[Sae], shard: Shard) -> list[Active]:
             if sae.one_piece or waiting + passes.TOGETHER > sae.tokens_at_once:
                 encode(which)
     out = []
-    for which, sae in enumerate(saes):
+    for which in range(len(saes)):
         encode(which)
-        entries = [
+        parts = [
             (at[f.token.cpu()], f.feature.cpu(), f.value.cpu())
             for at, f in zip(token[which], found[which], strict=True)
         ]
-        tokens, feature, value = (torch.cat(parts).numpy() for parts in zip(*entries, strict=True))
-        out.append(Active.of(tokens, feature, value, sae.d_sae, shard.layout))
+        tokens, feature, value = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+        out.append((tokens, feature, value))
     return out

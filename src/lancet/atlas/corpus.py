@@ -212,13 +212,14 @@ def _jsonl(lines: Iterator[tuple[int, str]], name: str, column: str, bad: Bad) -
         text = row.get(column) if isinstance(row, dict) else None
         if not isinstance(text, str):
             bad.add(name, number, f"no text in the field {column!r}")
-        elif not _is_unicode(text):
+        elif not is_unicode(text):
             bad.add(name, number, "half of a surrogate pair")
         else:
             yield text
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: halves of surrogate pairs alone it cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -302,5 +303,5 @@ def _dataset(source: Source, column: str) -> Iterator[str]:
             )
         for row in cast("Iterable[dict[str, Any]]", part):
             text = row.get(column)
-            if isinstance(text, str) and _is_unicode(text):
+            if isinstance(text, str) and is_unicode(text):
                 yield text

@@ -151,7 +151,7 @@ def harvest(
     with plans.alone(place) as work:
         plans.refuse_finished(folders)  # by a harvest that ended meanwhile
         plan = plans.make(lab, chosen, found, column, length, tokens)
-        plans.begin(plan, work)
+        plans.begin(plan.to_json(), work)
         bad = Bad()
         prepared = shards.finished(work / "shards") or _prepare(lab, plan, found, work, bad, say)
         sums = _sums(plan, work)

@@ -35,6 +35,8 @@ SAID = {
     "length": "another --length",
     "tokens": "another --tokens",
     "field": "another --field",
+    "sae": "another SAE",
+    "pool": "another --pool",
 }
 
 
@@ -70,12 +72,8 @@ def make(
     Raises:
         UsageError: a length or a number of tokens that cannot be.
     """
-    most = min(lab.model.context, shards.LONGEST)
-    length = min(LENGTH, most) if length is None else length
-    if not 2 <= length <= most:
-        raise UsageError(f"a piece must have 2 to {most} tokens with {lab.model.name}, got --length {length}")
-    if tokens is not None and tokens < 1:
-        raise UsageError(f"the number of tokens must be at least 1, got {tokens}")
+    length = piece_length(lab.model, length)
+    check_tokens(tokens)
     told = [
         {
             "name": sae.name,
@@ -90,6 +88,25 @@ def make(
     corpus = [source.identity() for source in found]
     model = {"name": lab.model.name, "fingerprint": fingerprint(lab.model)}
     return Plan(model, told, corpus, field, length, tokens, shards.SHARD)
+
+
+def piece_length(model: Model, length: int | None) -> int:
+    """How many tokens a piece may have, its start token counted: LENGTH, or the context where that is less, for None.
+
+    Raises:
+        UsageError: a length that the model cannot read.
+    """
+    most = min(model.context, shards.LONGEST)
+    length = min(LENGTH, most) if length is None else length
+    if not 2 <= length <= most:
+        raise UsageError(f"a piece must have 2 to {most} tokens with {model.name}, got --length {length}")
+    return length
+
+
+def check_tokens(tokens: int | None) -> None:
+    """Raises UsageError where a corpus is to end after fewer than one token."""
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"the number of tokens must be at least 1, got {tokens}")
 
 
 def octave(maximum: float) -> int:
@@ -107,22 +124,26 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()[:24]
 
 
-def begin(plan: Plan, work: Path) -> None:
-    """Writes the plan into a new work folder; one that is there must be the same.
+def begin(now: dict[str, Any], work: Path, what: str = "harvest") -> None:
+    """Writes a plan into a new work folder; one that is there must be the same.
+
+    Args:
+        now: the plan as JSON holds it.
+        what: it is a plan of.
 
     Raises:
-        MismatchError: the folder's harvest was begun with something else.
+        MismatchError: what was begun in the folder was begun with something else.
     """
     path = work / PLAN
     if not path.is_file():
-        write_json(path, plan.to_json())
+        write_json(path, now)
         return
-    kept, now = read_json(path), plan.to_json()
+    kept = read_json(path)
     other = [name for name in now if kept.get(name) != now[name] and not (name == "model" and same_model(kept, now))]
     if other:
         words = [SAID.get(name, name) for name in other]
         raise MismatchError(
-            f"{work} holds an unfinished harvest that was begun with {' and '.join(words)}"
+            f"{work} holds an unfinished {what} that was begun with {' and '.join(words)}"
             f"{_settings(other, kept, now)}; go on with the same, delete {work}, or choose another --out"
         )
 
@@ -133,7 +154,7 @@ def same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _settings(other: Sequence[str], kept: dict[str, Any], now: dict[str, Any]) -> str:
-    plain = [name for name in other if name in ("length", "tokens", "field")]
+    plain = [name for name in other if name in ("length", "tokens", "field", "pool")]
     return f" ({', '.join(f'{name} {kept.get(name)}, now {now[name]}' for name in plain)})" if plain else ""
 
 
@@ -143,21 +164,25 @@ def places(out: Path, saes: Sequence[Sae]) -> list[Path]:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[Path]:
-    """The work folder of an atlas, for this process alone.
+def alone(out: Path, work: Path | None = None, what: str = "harvest") -> Iterator[Path]:
+    """The work folder of an atlas (or whatever else is written to `out`), for this process alone.
+
+    Args:
+        work: the folder; WORK in `out` where None.
+        what: is written.
 
     Raises:
-        UsageError: another harvest is writing there, or a finished atlas lies there.
+        UsageError: another process is writing there, or nothing can be written there.
     """
     from filelock import FileLock, Timeout
 
-    work = out / WORK
+    work = work or out / WORK
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work.with_suffix(".lock"))
         lock.acquire(timeout=0)
     except Timeout:
-        raise UsageError(f"another harvest is writing to {out}; wait for it, or choose another --out") from None
+        raise UsageError(f"another {what} is writing to {out}; wait for it, or choose another --out") from None
     except OSError as error:
         raise UsageError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     try:

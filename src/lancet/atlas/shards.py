@@ -7,7 +7,7 @@ hold the pieces' text too, so that what examples show needs neither the corpus n
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -226,7 +226,7 @@ def prepare(
     left = tokens
     for row in _pieces(model, documents, length, out, state):
         if left is not None:
-            row = _cut(row, left)
+            row = _shortened(row, left)
             left -= len(row[2])
         if rows and held + len(row[2]) > size:
             flush()
@@ -261,7 +261,7 @@ class _Fingerprint:
         return f"{self.sum:016x}-{self.count}"
 
 
-def _cut(row: tuple[Any, ...], most: int) -> tuple[Any, ...]:
+def _shortened(row: tuple[Any, ...], most: int) -> tuple[Any, ...]:
     hash_, document, ids, ends, text = row
     if len(ids) <= most:
         return row
@@ -272,33 +272,48 @@ def _pieces(
     model: Texts, documents: Iterable[str], length: int, out: Prepared, state: _Fingerprint
 ) -> Iterator[tuple[Any, ...]]:
     """(hash, document's hash, ids, ends, text) of each piece."""
-    seen, content = Seen(), length - (model.start_plain is not None)
-    for texts in _groups(documents):
+    seen = Seen()
+    for texts in groups(documents):
         digests = [blake2b(text.encode(), digest_size=8) for text in texts]
         hashes = np.array([int.from_bytes(d.digest(), "little") for d in digests], np.uint64)
         new = seen.new(hashes)
         out.repeats += int((~new).sum())
         chosen = np.flatnonzero(new).tolist()
-        stretches = [_stretches(texts[i]) for i in chosen]
-        flat = [stretch for parts in stretches for stretch in parts]
-        encoded = iter(_encoded(model, flat))
-        for i, parts in zip(chosen, stretches, strict=True):
+        for i, pieces in zip(chosen, cut(model, [texts[i] for i in chosen], length), strict=True):
             out.documents += 1  # when it is taken: reading may end in the middle of a group
             state.add(int(hashes[i]))
-            number = 0
-            for text in parts:
-                ids, ends = next(encoded)
-                for first in range(0, len(ids), content):
-                    digest = digests[i].copy()
-                    digest.update(number.to_bytes(8, "little"))
-                    begin = int(ends[first - 1]) if first else 0
-                    own = ends[first : first + content]
-                    hash_ = int.from_bytes(digest.digest(), "little")
-                    yield hash_, int(hashes[i]), ids[first : first + content], own - begin, text[begin : int(own[-1])]
-                    number += 1
+            for number, piece in enumerate(pieces):
+                digest = digests[i].copy()
+                digest.update(number.to_bytes(8, "little"))
+                yield int.from_bytes(digest.digest(), "little"), int(hashes[i]), *piece
 
 
-def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
+def cut(model: Texts, texts: Sequence[str], length: int) -> Iterator[list[tuple[Array, Array, str]]]:
+    """The pieces of each text; a text without tokens has none.
+
+    Args:
+        length: tokens of a piece at most, its start token counted.
+
+    Yields:
+        for each text [(ids, ends, text)]: token ids without the start token, where each token ends in the piece's own
+        text (in characters), and that text.
+    """
+    content = length - (model.start_plain is not None)
+    stretches = [_stretches(text) for text in texts]
+    encoded = iter(_encoded(model, [stretch for parts in stretches for stretch in parts]))
+    for parts in stretches:
+        pieces = []
+        for text in parts:
+            ids, ends, opening = next(encoded)
+            for first in range(0, len(ids), content):
+                begin = int(ends[first - 1]) if first else opening
+                own = ends[first : first + content]
+                pieces.append((ids[first : first + content], own - begin, text[begin : int(own[-1])]))
+        yield pieces
+
+
+def groups(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists that are tokenised at once."""
     group: list[str] = []
     size = 0
     for text in documents:
@@ -322,13 +337,15 @@ def _stretches(text: str) -> list[str]:
     return [*parts, text]
 
 
-def _encoded(model: Texts, texts: list[str]) -> Iterator[tuple[Array, Array]]:
-    """Ids of each text, without a start token, and where each token ends; a character belongs to its first token."""
+def _encoded(model: Texts, texts: list[str]) -> Iterator[tuple[Array, Array, int]]:
+    """Ids of each text, without a start token, where each token ends, and where the first begins (behind a start token
+    that the text brings itself); a character belongs to its first token."""
     if not texts:
         return
     found = model.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for ids, spans in zip(found["input_ids"], found["offset_mapping"], strict=True):
         ids_, ends = np.array(ids, np.int32), np.array([end for _, end in spans], np.int32)
+        begin = 0
         if model.start_plain is not None and len(ids_) and ids_[0] == model.start_plain:  # the text brings its own
-            ids_, ends = ids_[1:], ends[1:]
-        yield ids_, np.maximum.accumulate(ends) if len(ends) else ends
+            begin, ids_, ends = int(ends[0]), ids_[1:], ends[1:]
+        yield ids_, np.maximum.accumulate(ends) if len(ends) else ends, begin

@@ -78,11 +78,7 @@ class Active:
         """
         from scipy.sparse import coo_matrix, csr_matrix
 
-        if not np.isfinite(value).all():
-            raise LancetError(
-                "the SAE's activations are not finite on this corpus; open the model with --dtype float32, or run "
-                "`lancet check`"
-            )
+        check_finite(value)
         tokens = len(layout.piece)
         rows = coo_matrix((value, (token, feature)), (tokens, d_sae)).tocsr()  # two counting sorts, each stable
         columns = rows.tocsc()
@@ -94,6 +90,15 @@ class Active:
             csr_matrix((ones, rows.indices, rows.indptr), (tokens, d_sae)),
             csr_matrix((ones, columns.indices, columns.indptr), (d_sae, tokens)),
             layout,
+        )
+
+
+def check_finite(value: Array) -> None:
+    """Raises LancetError where an activation is not finite."""
+    if not np.isfinite(value).all():
+        raise LancetError(
+            "the SAE's activations are not finite on this corpus; open the model with --dtype float32, or run "
+            "`lancet check`"
         )
 
 

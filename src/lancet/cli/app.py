@@ -410,6 +410,31 @@ def harvest(
 
 
 @app.command()
+@opens
+def encode(
+    corpus: Annotated[
+        list[str],
+        typer.Argument(help="Files (.txt, .md, .jsonl, .parquet; .gz, .zst), folders, a data set's name, or -."),
+    ],
+    out: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    pool: Annotated[
+        str | None, typer.Option(help="max, mean or count over each text's tokens; left out, a row for each token.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Read no more than so many, such as 10M or 250k.")] = None,
+    field: Annotated[str, typer.Option(help="The field or column that holds the text.")] = "text",
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a piece; 512, or the model's context where that is less.")
+    ] = None,
+    choice: Choice = Choice(),  # noqa: B008 - frozen
+    json: Json = False,
+) -> None:
+    """Features as data: which fire at every token of a corpus, or in each text, as a Parquet file."""
+    from lancet.cli.encode import run
+
+    run(corpus, out, tokens, choice, json, pool=pool, column=field, length=length)
+
+
+@app.command()
 def saes(
     model: Annotated[str | None, typer.Option(help="Only those of this model, under any of its names.")] = None,
     site: Annotated[str | None, typer.Option(help="blocks.6.hook_resid_pre, resid_pre, or a layer's number.")] = None,
