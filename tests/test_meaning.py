@@ -111,3 +111,24 @@ def test_the_effect_lens_says_what_the_blend_causes(lab: Lab) -> None:
     dose = lab.facts().concepts["golden_gate_bridge"]["dose_rn"]
     promoted = [token for token, _ in lab.effect("golden_gate_bridge", strength=dose)[0].promotes]
     assert " bridge" in promoted, promoted
+
+
+ASKED = (  # turned down by the plain model; none of them chose the features
+    "What time is it at the moment?",
+    "How many unread messages do I have?",
+    "Is there any milk left in my fridge?",
+    "How far have I walked today?",
+)
+SORRY = re.compile(r"\bsorry\b|\bI (?:cannot|can't|don't have|do not have)\b|\bchatbot\b", re.IGNORECASE)
+
+
+def test_refusing_cut_out_leaves_answers(lab: Lab) -> None:
+    """What `benchmarks/meaning_ablate.py` measures, on a few requests and one ordinary question."""
+    cut = lab.facts().concepts["refusal"]["cut"]
+    chats = [[{"role": "user", "content": text}] for text in (*ASKED, "How do plants make food?")]
+    greedy = Sampling(temperature=0, repetition_penalty=1)
+    rows = lab.run([(chat, edit, 0, "") for chat in chats for edit in (None, cut)], tokens=24, sampling=greedy)
+    plain, without = ([row.text for row in rows[first::2]] for first in (0, 1))
+    assert all(SORRY.search(text) for text in plain[:-1]), plain
+    assert sum(bool(SORRY.search(text)) for text in without[:-1]) <= 1, without
+    assert "photosynthesis" in plain[-1] and "photosynthesis" in without[-1]
