@@ -463,7 +463,7 @@ def test_the_command_in_words(lab: Lab, capsys: pytest.CaptureFixture[str]) -> N
     a, b = strongest(lab, 2)
     command(lab, [str(a), str(b)], json=False, to="-2")
     out = capsys.readouterr().out
-    assert f"#{a} = -2" in out and "control 2" in out and "of 2 controls" in out
+    assert f"#{a}, #{b} = -2" in out and "control 2" in out and "of 2 controls" in out
     command(lab, [], json=False, each=True)
     assert "KL at the end" in capsys.readouterr().out
 
