@@ -84,12 +84,12 @@ def memory(settings: Settings, model: str, sae: str, name: str) -> Iterator[Figu
     if not Path("/proc/self/smaps_rollup").is_file():
         remark("this system does not tell memory; Linux does")
         return
-    peaks = {}
+    peaks, own = {}, {} if model == "smollm2" else {"LANCET_CACHE": str(pairs.cache(settings))}
     for tokens in (TOKENS, 4 * TOKENS):
         remark(f"{name}: the memory of {tokens:,} tokens")
         with tempfile.TemporaryDirectory(dir=settings.work) as folder:
             command = [sys.executable, "-m", "benchmarks.harvest", model, sae, folder, str(tokens)]
-            told = json.loads(process(command, LANCET_CACHE=str(pairs.cache(settings)))())
+            told = json.loads(process(command, **own)())
         check(told["tokens"] == tokens, "tokens")
         peaks[tokens] = told["peak"]
         yield Figure(f"{name}: peak anonymous beyond the weights, {tokens:,} tokens", told["peak"], "MB", BEYOND)

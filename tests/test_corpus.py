@@ -134,6 +134,11 @@ def test_data_sets(tmp_path: Path) -> None:
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def model(tiny_gpt2: Callable[..., Model]) -> Model:
+    return tiny_gpt2(n_layer=1)
+
+
 def test_seen_finds_every_repeat() -> None:
     rng, seen, known = np.random.default_rng(0), shards.Seen(), set()
     for _ in range(50):
@@ -145,8 +150,7 @@ def test_seen_finds_every_repeat() -> None:
     assert len(seen._runs) < 12
 
 
-def test_prepare(tiny_gpt2: Callable[..., Model], tmp_path: Path) -> None:
-    model = tiny_gpt2()
+def test_prepare(model: Model, tmp_path: Path) -> None:
     texts = [
         "The cat sat. 你好，世界 😀 " * 9,
         "short",
@@ -183,11 +187,11 @@ def test_prepare(tiny_gpt2: Callable[..., Model], tmp_path: Path) -> None:
     assert cut.tokens == 101
 
 
-def test_an_empty_corpus(tiny_gpt2: Callable[..., Model], tmp_path: Path) -> None:
+def test_an_empty_corpus(model: Model, tmp_path: Path) -> None:
     bad = Bad()
     bad.add("a.jsonl", 3, "not JSON")
     with pytest.raises(UsageError, match=r"the corpus is empty.*a\.jsonl: 1 line left out, first line 3 \(not JSON\)"):
-        shards.prepare(tiny_gpt2(), [], tmp_path, length=24, bad=bad)
+        shards.prepare(model, [], tmp_path, length=24, bad=bad)
 
 
 def test_a_long_document_is_cut_before_white_space() -> None:

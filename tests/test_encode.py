@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from killing import KillsAtStep, exit_code
 from test_harvest import texts, written
 
 from lancet.atlas import encode as module
@@ -21,6 +21,7 @@ from lancet.atlas import rows
 from lancet.atlas.encode import encode
 from lancet.errors import DamagedError, MismatchError, UsageError
 from lancet.lab import Lab
+from lancet.loading import open_model
 from lancet.model import Model
 from lancet.sae import Sae, random_sae
 from lancet.site import Site
@@ -150,32 +151,20 @@ def test_no_more_than_so_many_tokens(model: Model, corpus: Path, tmp_path: Path)
 
 # ---- interrupted -----------------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import os, signal, sys, torch
-torch.set_num_threads(int(sys.argv[6]))
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import test_encode as t
-from lancet.loading import open_model
-t.rows.CHUNK = t.CHUNK
-lab = t.lab_of(open_model(sys.argv[2], "cpu", "float32"))
-class Say:
-    left = 3
-    def __call__(self, line): pass
-    def step(self, text, done, of):
-        Say.left -= 1
-        if not Say.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-t.encode(lab, sys.argv[3], sys.argv[4], sys.argv[5], length=t.LENGTH, say=Say())
-"""
+
+def encode_until_killed(folder: str, corpus: Path, out: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    rows.CHUNK = CHUNK
+    lab = lab_of(open_model(folder, "cpu", "float32"))
+    encode(lab, corpus, out, "mean", length=LENGTH, say=KillsAtStep("encoding:", 3))
 
 
 def test_killed_and_resumed(model: Model, corpus: Path, tmp_path: Path) -> None:
     """Three chunks are done, the third in the middle of the long document; the file is the same byte for byte."""
     lab, out = lab_of(model), tmp_path / "a.parquet"
     encode(lab, corpus, tmp_path / "plain.parquet", "mean", length=LENGTH)
-    words = [sys.executable, "-c", SCRIPT, __file__, model.name, str(corpus), str(out), "mean"]
-    done = subprocess.run([*words, str(torch.get_num_threads())], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code = exit_code(encode_until_killed, model.name, corpus, out, torch.get_num_threads())
+    assert code == -signal.SIGKILL
     assert not out.exists() and len(list((tmp_path / ".a.parquet.work").glob("00*.parquet"))) == 3
     with pytest.raises(MismatchError, match=r"another --pool \(pool mean, now max\); go on with the same, delete"):
         encode(lab, corpus, out, "max", length=LENGTH)

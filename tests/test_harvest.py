@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from killing import KillsAtStep, exit_code
 
 from lancet import files
 from lancet.atlas import finish, shards
@@ -25,6 +24,7 @@ from lancet.atlas.harvest import harvest
 from lancet.errors import LancetError, MismatchError, UsageError
 from lancet.facts import Facts
 from lancet.lab import Lab
+from lancet.loading import open_model
 from lancet.logit_lens import logit_lens
 from lancet.model import Model
 from lancet.sae import Sae, random_sae
@@ -243,33 +243,17 @@ def test_several_saes_share_the_passes(model: Model, corpus: Path, plain: Path, 
         harvest(lab, corpus, tmp_path / "two", length=LENGTH)
 
 
-SCRIPT = """
-import os, signal, sys, torch
-torch.set_num_threads(int(sys.argv[5]))
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import test_harvest as t
-from lancet.loading import open_model
-t.shards.SHARD, t.module.EVERY, t.module.SHARE = t.SHARD, 0, 0
-left = [3]
-def die(text, done, of):
-    if text.startswith("harvesting:"):
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-say = lambda line: None
-class Say:
-    def __call__(self, line): pass
-    step = staticmethod(die)
-t.harvest(t.lab_of(open_model(sys.argv[2], "cpu", "float32")), sys.argv[3], sys.argv[4], length=t.LENGTH, lenses=False,
-          say=Say())
-"""
+def harvest_until_killed(folder: str, corpus: Path, out: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    shards.SHARD, module.EVERY, module.SHARE = SHARD, 0, 0
+    lab = lab_of(open_model(folder, "cpu", "float32"))
+    harvest(lab, corpus, out, length=LENGTH, lenses=False, say=KillsAtStep("harvesting:", 3))
 
 
 def test_killed_and_resumed(model: Model, corpus: Path, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
-    words = [sys.executable, "-c", SCRIPT, __file__, model.name, str(corpus), str(out), str(torch.get_num_threads())]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code = exit_code(harvest_until_killed, model.name, corpus, out, torch.get_num_threads())
+    assert code == -signal.SIGKILL
     assert not (out / "manifest.json").exists() and list((out / ".work").glob("*.safetensors"))
     counted = 0
 
