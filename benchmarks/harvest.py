@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -166,28 +165,6 @@ def finishing(lab: Lab, prepared: Prepared, folder: Path) -> float:
     return time.perf_counter() - begin
 
 
-@contextmanager
-def watched() -> Iterator[list[float]]:
-    """[the largest anonymous memory of this process that was seen inside the block, in MB]."""
-    import threading
-
-    from benchmarks.memory import anonymous
-
-    peak, over = [anonymous()], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.002):
-            peak[0] = max(peak[0], anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        thread.join()
-
-
 def child(model: str, sae: str, folder: str, tokens: str) -> None:
     """Harvests whole, and prints as JSON its peak of anonymous memory over imports and weights (those that are held
     and not mapped), in MB."""
@@ -197,7 +174,7 @@ def child(model: str, sae: str, folder: str, tokens: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
 
     import lancet
-    from benchmarks.memory import anonymous
+    from benchmarks.memory import anonymous, watched
     from lancet.atlas import harvest
 
     imported = anonymous()
@@ -216,7 +193,7 @@ def child(model: str, sae: str, folder: str, tokens: str) -> None:
                 break
     with watched() as peak:
         found = harvest.harvest(lab, path, Path(folder) / "atlas", int(tokens), LENGTH, lenses=False)
-    print(json.dumps({"peak": peak[0] - imported - weights, "weights": weights, "tokens": found.corpus["tokens"]}))
+    print(json.dumps({"peak": peak.most - imported - weights, "weights": weights, "tokens": found.corpus["tokens"]}))
 
 
 if __name__ == "__main__":

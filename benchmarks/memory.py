@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -60,10 +63,8 @@ def mapped() -> dict[str, float]:
     return {name: int(kilobytes[key]) * 1024 / 1e6 for name, key in names.items()}
 
 
-def watched(dtype: str, sae: str, model: str) -> None:
+def opener(dtype: str, sae: str, model: str) -> None:
     """Opens a pair, looking at its own memory a thousand times a second, and prints the figures as JSON."""
-    import threading
-
     import interp_engine.arch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -71,22 +72,13 @@ def watched(dtype: str, sae: str, model: str) -> None:
     import lancet.sae
     from lancet.loading import open_model, open_sae
 
-    before, peak, done = mapped(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], anonymous())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    opened = open_model(model, "cpu", dtype)
-    held, _ = open_sae(opened, sae, basis="centred")
-    done.set()
-    thread.join()
+    with watched() as peak:
+        opened = open_model(model, "cpu", dtype)
+        held, _ = open_sae(opened, sae, basis="centred")
     weights = sum(parameter.nbytes for parameter in opened.hf.parameters()) / 1e6
     weights += sum(tensor.nbytes for _, tensor in held.tensors()) / 1e6
     after = mapped()
-    beyond = {"peak anonymous beyond the weights": peak[0] - before["anonymous"] - weights}
+    beyond = {"peak anonymous beyond the weights": peak.grown - weights}
     print(json.dumps(beyond | {"peak resident, mapped files and all": after["peak resident"], "weights": weights}))
 
 
@@ -94,6 +86,39 @@ def anonymous() -> float:
     """Anonymous memory of this process now, in MB: one small file, read in microseconds."""
     text = Path("/proc/self/status").read_text()
     return int(text.split("RssAnon:")[1].split()[0]) * 1024 / 1e6
+
+
+@dataclass
+class Peak:
+    """How anonymous memory went, in MB: at the beginning, and the most that was seen."""
+
+    first: float
+    most: float
+
+    @property
+    def grown(self) -> float:
+        """By how much it rose at the most."""
+        return self.most - self.first
+
+
+@contextmanager
+def watched(every: float = 0.001) -> Iterator[Peak]:
+    """Looks at this process' anonymous memory every so many seconds, from another thread."""
+    first = anonymous()
+    peak, over = Peak(first, first), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every):
+            peak.most = max(peak.most, anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+        peak.most = max(peak.most, anonymous())
 
 
 def child(dtype: str, sae: str | None = None) -> None:
@@ -117,4 +142,4 @@ def child(dtype: str, sae: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    (watched if len(sys.argv) == 4 else child)(*sys.argv[1:])
+    (opener if len(sys.argv) == 4 else child)(*sys.argv[1:])

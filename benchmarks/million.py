@@ -8,10 +8,8 @@ open. The SAE is random but lights some eighty features a token, as a published 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Figure, Settings, process, remark
+from benchmarks.memory import watched
 
 WIDTH, FEATURES, TOKENS = 2304, 1_000_000, 1000
 BAR = 2000.0  # MB of anonymous memory over what the process had after imports and model
@@ -40,47 +39,8 @@ def run(settings: Settings) -> Iterator[Figure]:
     told = json.loads(process([sys.executable, "-m", "benchmarks.million", str(folder)])())
     name = f"{TOKENS} tokens, {FEATURES:,} features, bfloat16"
     detail = f"{told['lit']:.0f} features lit a token"
-    yield Figure(f"{name}: anonymous, over model", told["grown"] / 1e6, "MB", BAR, detail)
+    yield Figure(f"{name}: anonymous, over model", told["grown"], "MB", BAR, detail)
     yield Figure(f"{name}: opening and reading", told["seconds"], "s")
-
-
-@dataclass
-class Peak:
-    """How anonymous memory went, in bytes: at the beginning, and the most that was seen."""
-
-    first: int
-    most: int
-
-    @property
-    def grown(self) -> int:
-        """By how much it rose at the most."""
-        return self.most - self.first
-
-
-@contextmanager
-def watched(every: float = 0.002) -> Iterator[Peak]:
-    """Looks at this process' anonymous memory every few milliseconds, from another thread."""
-
-    def now() -> int:
-        found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        assert found
-        return int(found[1]) * 1024
-
-    first = now()
-    peak, over = Peak(first, first), threading.Event()
-
-    def watch() -> None:
-        while not over.wait(every):
-            peak.most = max(peak.most, now())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        thread.join()
-        peak.most = max(peak.most, now())
 
 
 def write(folder: Path) -> None:

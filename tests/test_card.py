@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fixtures_atlas import KEY, KNOWN, SILENT, write_atlas
+from fixtures_edits import save_sae
 from rich.cells import cell_len
 
 from lancet import lab as lab_module
@@ -112,6 +113,19 @@ def test_which_atlas_is_meant(run: Any, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "smollm2" / "blocks.12.hook_resid_pre" / "cfg.json").write_text("{}")
     bundled = write_atlas(tmp_path / "smollm2" / "blocks.12.hook_resid_pre" / "atlas", 16)
     assert which.find("smollm2").folder == which.find("smollm2", ["resid_pre.12"]).folder == bundled
+
+
+def test_an_atlas_of_another_sae_in_a_folder_of_the_same_name(tmp_path: Path) -> None:
+    from lancet.loading import sae_from_folder
+    from lancet.namefile import key
+    from lancet.sae import random_sae
+    from lancet.site import Site
+
+    saes = [save_sae(tmp_path / f"{seed}" / "mine", random_sae(8, 16, seed=seed, site=Site(2))) for seed in (0, 1)]
+    harvested = write_atlas(place.default("mine"), 16, key=key(sae_from_folder(saes[0])))
+    assert which.find("any", [str(saes[0])]).folder == harvested
+    with pytest.raises(MissingError, match="no atlas of"):
+        which.find("any", [str(saes[1])])
 
 
 def test_a_labs_atlas(monkeypatch: pytest.MonkeyPatch) -> None:

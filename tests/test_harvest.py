@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +242,9 @@ def test_several_saes_share_the_passes(model: Model, corpus: Path, plain: Path, 
     assert both <= 2 * len(json.dumps(texts())) // SHARD  # a few for each shard
     with pytest.raises(UsageError, match="finished atlas"):
         harvest(lab, corpus, tmp_path / "two", length=LENGTH)
+    shutil.rmtree(found.folders[1])  # one atlas of another harvest must not pass for one of this
+    with pytest.raises(UsageError, match=f"{SITES[0]} holds a finished atlas"):
+        harvest(lab, corpus, tmp_path / "two", length=LENGTH + 1)
 
 
 def harvest_until_killed(folder: str, corpus: Path, out: Path, threads: int) -> None:

@@ -132,6 +132,31 @@ def _explained(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def changed_by_one(path: Path) -> Iterator[None]:
+    """No other process changes the file inside the block; one that does is waited for, 10 seconds.
+
+    Raises:
+        LancetError: another process goes on changing it; UsageError: its folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"), timeout=10)
+        lock.acquire()
+    except Timeout as error:
+        raise LancetError(f"another process has been changing {path} for 10 seconds; try again") from error
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}; set LANCET_DATA to a folder that you may write to"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes UTF-8 JSON, whole or not at all."""
     with whole_file(path) as temporary:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from lancet import doses
 from lancet.algebra import Direction, Expression, Ref, reads_files, substitute
-from lancet.errors import DamagedError, LancetError, MismatchError, UnknownName, UsageError
-from lancet.files import read_json, write_json
+from lancet.errors import DamagedError, MismatchError, UnknownName, UsageError
+from lancet.files import changed_by_one, read_json, write_json
 from lancet.namefile import NAME, Kept, Names, key, load, normal, parse, path, written
 from lancet.units import short
 
@@ -278,24 +278,10 @@ def _forget_doses(names: Names, name: str) -> None:
 @contextmanager
 def _changing(sae: Sae) -> Iterator[Names]:
     """The names of an SAE, written back when the block ends without an error; one process at a time."""
-    from filelock import FileLock, Timeout
-
     where = path(sae)
-    try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(where.with_suffix(".lock"), timeout=10)
-        lock.acquire()
-    except Timeout as error:
-        raise LancetError(f"another process has been changing {where} for 10 seconds; try again") from error
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {where}: {error.strerror}; set LANCET_DATA to a folder that you may write to"
-        ) from error
-    try:
+    with changed_by_one(where):
         before = load(sae)
         names = Names(dict(before.entries), dict(before.doses))
         yield names
         if names != before:
             write_json(where, written(names, sae))
-    finally:
-        lock.release()

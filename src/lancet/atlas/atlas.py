@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 BANDS = 6  # band 0 holds the strongest, bands 1 to 5 are fifths of the range
 STRONGEST = 255  # the byte of a peak's own size
-BEFORE, AFTER = 16, 15  # tokens of a window on either side of its peak
 
 
 @dataclass(frozen=True)

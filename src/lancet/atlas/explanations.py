@@ -16,14 +16,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lancet.errors import DamagedError, LancetError, UsageError
-from lancet.files import data_dir, whole_file
+from lancet.errors import DamagedError, UsageError
+from lancet.files import changed_by_one, data_dir, whole_file
 
 VERSION = 1
 AUTO = "auto"
@@ -163,7 +162,7 @@ def keep(key: str, entries: Iterable[Explanation]) -> int:
             beside.append(entry)
     if not new:
         return 0
-    with _alone(path(key)):
+    with changed_by_one(path(key)):
         kept = [e for found in load(key).values() for e in found if (e.feature, e.source) not in new]
         _write(key, [*kept, *(entry for found in new.values() for entry in found)])
     return sum(map(len, new.values()))
@@ -175,7 +174,7 @@ def forget(key: str, source: str) -> int:
     Raises:
         LancetError, UsageError: as `keep`.
     """
-    with _alone(path(key)):
+    with changed_by_one(path(key)):
         before = [entry for found in load(key).values() for entry in found]
         kept = [entry for entry in before if entry.source != source]
         if len(kept) < len(before):
@@ -213,24 +212,3 @@ def _text(key: str, entries: list[Explanation]) -> str:
     for entry in sorted(entries, key=lambda e: (e.feature, e.source)):  # stable: an order that was given stays
         lines.append(json.dumps(entry.to_json(), ensure_ascii=False))
     return "\n".join(lines) + "\n"
-
-
-@contextmanager
-def _alone(where: Path) -> Iterator[None]:
-    """No other process changes the file inside the block."""
-    from filelock import FileLock, Timeout
-
-    try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(where.with_suffix(".lock"), timeout=10)
-        lock.acquire()
-    except Timeout as error:
-        raise LancetError(f"another process has been changing {where} for 10 seconds; try again") from error
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {where}: {error.strerror}; set LANCET_DATA to a folder that you may write to"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lancet.atlas import company, lenses
+from lancet.atlas.manifest import NAME, VERSION
 from lancet.atlas.place import slug
 from lancet.atlas.selection import AFTER, BEFORE, DRAWN, begins, drawn, ranks
 from lancet.atlas.sketch import AllPairs
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from lancet.model import Model
     from lancet.sae import Sae
 
-VERSION = 1
 FRACTIONS = (0.2, 0.4, 0.6, 0.8)  # of the maximum, near which bands end
 FIRES = 5
 ROWS = 4096  # features of a row group
@@ -51,7 +51,7 @@ def write(
         told: the SAE's entry of the plan.
         work: keeps the lenses' blocks between attempts.
     """
-    if (folder / "manifest.json").is_file():
+    if (folder / NAME).is_file():
         return
     statistics.settle()
     shown = {}
@@ -64,7 +64,7 @@ def write(
     _write_passages(prepared, chosen, folder)
     _write_examples(chosen, folder)
     _write_features(lab.model, sae, statistics, edges, shown, folder)
-    write_json(folder / "manifest.json", _manifest(lab, plan, told, prepared, statistics, shown))
+    write_json(folder / NAME, _manifest(lab, plan, told, prepared, statistics, shown))
 
 
 def _manifest(

@@ -147,9 +147,9 @@ def harvest(
     found = sources(corpus)  # type: ignore[arg-type] - one or several
     place = Path(out).expanduser() if out is not None else default(lab.sae().name)
     folders = plans.places(place, chosen)
-    plans.refuse_finished(folders)
+    plans.refuse_finished(folders, place / plans.WORK)
     with plans.alone(place) as work:
-        plans.refuse_finished(folders)  # by a harvest that ended meanwhile
+        plans.refuse_finished(folders, work)  # by a harvest that ended meanwhile
         plan = plans.make(lab, chosen, found, column, length, tokens)
         plans.begin(plan.to_json(), work)
         bad = Bad()

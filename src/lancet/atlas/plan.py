@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lancet import facts as facts_module
 from lancet import namefile
 from lancet.atlas import shards
+from lancet.atlas.manifest import NAME
 from lancet.atlas.place import slug
 from lancet.errors import LancetError, MismatchError, UsageError
 from lancet.files import read_json, write_json
@@ -191,11 +192,16 @@ def alone(out: Path, work: Path | None = None, what: str = "harvest") -> Iterato
         lock.release()
 
 
-def refuse_finished(folders: Sequence[Path]) -> None:
-    """Raises UsageError where all of these hold a finished atlas."""
-    if all((folder / "manifest.json").is_file() for folder in folders):
+def refuse_finished(folders: Sequence[Path], work: Path) -> None:
+    """Raises UsageError where a finished atlas is there; of several, those that this very harvest has written may be.
+
+    Args:
+        work: the work folder; with a plan in it a harvest of these folders is unfinished.
+    """
+    there = [folder for folder in folders if (folder / NAME).is_file()]
+    if there and (len(there) == len(folders) or not (work / PLAN).is_file()):
         raise UsageError(
-            f"{' and '.join(map(str, folders))} holds a finished atlas; choose another --out, or delete it first"
+            f"{' and '.join(map(str, there))} holds a finished atlas; choose another --out, or delete it first"
         )
 
 

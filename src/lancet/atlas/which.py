@@ -22,7 +22,8 @@ INSIDE = "atlas"  # the folder of the atlas that comes with an SAE, inside the S
 def find(model: str, saes: Sequence[str] = (), folder: Path | None = None) -> Atlas:
     """Opens the atlas in `folder`, else the one that ships with an SAE, else the one that was harvested for it.
 
-    Neither the model nor the SAE is opened.
+    The model is not opened, and an SAE only where its name alone does not tell whose a harvested atlas is: two folders
+    may have one name.
 
     Args:
         model: the model's name; saes: its SAEs' names as `--sae` takes them, none for the model's default.
@@ -33,9 +34,9 @@ def find(model: str, saes: Sequence[str] = (), folder: Path | None = None) -> At
     if folder is not None:
         return Atlas.open(folder)
     looked = places(model, saes)
-    for where in looked:
-        if (where / NAME).is_file():
-            return Atlas.open(where)
+    for where, own in looked.items():
+        if (where / NAME).is_file() and _fits(found := Atlas.open(where), own):
+            return found
     what = ", ".join(saes) or f"the SAE of {model}"
     raise MissingError(
         f"there is no atlas of {what} (looked in {', '.join(map(str, looked)) or 'no place'}); make one with `lancet "
@@ -59,35 +60,45 @@ def of(sae: Sae, shipped: Path | None = None) -> Atlas | None:
     return None
 
 
-def places(model: str, saes: Sequence[str] = ()) -> list[Path]:
-    """Where the atlas of a pair may lie, the likeliest first."""
+def _fits(atlas: Atlas, folder: Path | None) -> bool:
+    """Whether an atlas is about the SAE in a folder; what lies inside the folder, or goes by a release's name, is."""
+    if folder is None or folder in atlas.folder.parents:
+        return True
+    from lancet.loading import sae_from_folder
+
+    return atlas.belongs(sae_from_folder(folder))
+
+
+def places(model: str, saes: Sequence[str] = ()) -> dict[Path, Path | None]:
+    """Where the atlas of a pair may lie, the likeliest first, and the folder of the SAE that it must be about, None
+    where its name says enough."""
     from lancet.loading import DEFAULT_SAES, bundled
 
     ours = bundled(model)
     default = DEFAULT_SAES.get(names.hub_id(model) or "")
-    out: list[Path] = []
+    out: dict[Path, Path | None] = {}
     for name in saes or [None]:
         site = _site(name)
         if name is None and ours:
-            out += _of_folder(next(iter(ours.values())))
+            out |= _of_folder(next(iter(ours.values())))
         elif name is None:
-            out += [place.default("/".join(default))] if default else []
+            out |= {place.default("/".join(default)): None} if default else {}
         elif Path(name).is_dir():
-            out += _of_folder(Path(name))
+            out |= _of_folder(Path(name))
         elif site in ours:
-            out += _of_folder(ours[site])
+            out |= _of_folder(ours[site])
         else:
-            out += [place.default(name)]
-            out += [place.default(f"{default[0]}/{site}")] if default and site else []
-    return list(dict.fromkeys(out))
+            out[place.default(name)] = None
+            out |= {place.default(f"{default[0]}/{site}"): None} if default and site else {}
+    return out
 
 
-def _of_folder(folder: Path) -> list[Path]:
+def _of_folder(folder: Path) -> dict[Path, Path | None]:
     from lancet import published
 
     told = published.told(folder)
     names_of = [folder.resolve().name] + ([f"{told['release']}/{told['id']}"] if told else [])
-    return [folder / INSIDE, *map(place.default, names_of)]
+    return dict.fromkeys([folder / INSIDE, *map(place.default, names_of)], folder)
 
 
 def _site(name: str | None) -> str:
