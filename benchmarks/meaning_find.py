@@ -31,8 +31,9 @@ def main() -> None:
         "--causes", action="store_true", help="rank by what candidates cause as well, as the command does"
     )
     parser.add_argument("--seeds", type=int, default=1, help="draws of the six sentences")
-    parser.add_argument("--out", type=Path, default=HERE / "meaning_find.json")
+    parser.add_argument("--out", type=Path, help="meaning_find.json, or meaning_find_causes.json with --causes")
     asked = parser.parse_args()
+    out = asked.out or HERE / ("meaning_find_causes.json" if asked.causes else "meaning_find.json")
     lab = lancet.open("smollm2", device="cpu", dtype="float32")
     sae = lab.sae()
     heldout = list(bench.sentences("heldout", 12, 11))
@@ -75,7 +76,7 @@ def main() -> None:
             "at_least_0.9_of_60": round(float((values >= 0.9).mean() * 60), 1),
         }
     summary["below_0.9"] = [row for row in rows if row["one"] < 0.9]
-    asked.out.write_text(json.dumps({"causes": asked.causes, "summary": summary, "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"causes": asked.causes, "summary": summary, "rows": rows}, indent=1) + "\n")
     print(json.dumps({key: value for key, value in summary.items() if key != "below_0.9"}))
 
 

@@ -429,6 +429,13 @@ def test_the_curve_is_drawn(lab: Lab, tmp_path: Path) -> None:
     how = {"keywords": ["the", "a", "e"], "strengths": ["0.2rn", "0.5rn"], "tokens": 4, "report_seeds": 1}
     found = lab.dose("#3", PROMPTS[:1], calibration=PROMPTS[1:], **how)
     assert found.plot(tmp_path / "dose.png").stat().st_size > 1000
+    blend = " + ".join(f"{i + 1} * #{i}" for i in range(24))  # its picture is as wide as any other
+    long = lab.dose(blend, PROMPTS[:1], calibration=PROMPTS[1:], **how)
+    widths = [
+        int.from_bytes(drawn.plot(tmp_path / "wide.png").read_bytes()[16:20], "big")  # where a PNG says it
+        for drawn in (found, long)
+    ]
+    assert widths[1] < 1.5 * widths[0]
     told = json.loads(json.dumps(found.to_json()))
     assert next(r["way"] for r in told["report"]) == "plain"
     assert len(found.to_frame()) == len(found.calibration) + len(found.report)

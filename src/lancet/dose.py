@@ -74,6 +74,11 @@ class Row:
         return before.rpartition(" ")[2]
 
     @property
+    def short(self) -> str:
+        """The way and its strength, however long the edit is."""
+        return " ".join(part for part in (self.way, self.sign, self.amount) if part)
+
+    @property
     def rate(self) -> Interval:
         """The first detector's."""
         return next(iter(self.said.values()))
@@ -238,10 +243,10 @@ class Dose:
 
     def __str__(self) -> str:
         head = f"{self.target}: " + (
-            f"recommended {self.chosen.edit}" if self.chosen else "no strength fits the limits"
+            f"recommended {self.chosen.short}" if self.chosen else "no strength fits the limits"
         )
         lines = [
-            f"  {row.edit or row.way:44} says {row.rate}  extra {row.extra}  repeats {row.repeats.value:.2f}  "
+            f"  {row.short:44} says {row.rate}  extra {row.extra}  repeats {row.repeats.value:.2f}  "
             f"score {row.score:.2f}"
             for row in self.report
         ]

@@ -245,8 +245,9 @@ def response(dose: Dose, path: Path) -> Path:
             axes.tick_params(length=0, labelsize=9, colors=INK)
             for side in axes.spines.values():
                 side.set_visible(False)
-        panels[0].legend(fontsize=7, frameon=False, labelcolor=INK)
-        told = f"recommended {chosen.edit}" if chosen else "no strength fits the limits"
+        # Beside the panels: a dozen curves leave no corner free.
+        panels[-1].legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.02, 1))
+        told = f"recommended {chosen.short}" if chosen else "no strength fits the limits"
         figure.suptitle(_plain(f"{dose.target}: {told}"), x=0.01, ha="left", fontsize=11, color=INK)
         return _finish(figure, panels[0], path, note)
 

@@ -74,7 +74,7 @@ def suggested(
     amounts: Sequence[Amount],
     operations: Sequence[Operation],
 ) -> list[Way]:
-    """The ways that examples suggest: the blend that causes the concept, its fit, the best single feature."""
+    """The ways that examples suggest: a blend fitted to the words, the one that `find` makes, the best feature."""
     from lancet import fit
 
     out = []
@@ -83,14 +83,14 @@ def suggested(
         at = f" at {site}" if site else ""
         # Words that merely set the examples apart (of the Eiffel Tower: city, iron) would draw the fit to themselves.
         wanted = fit.phrases(lab, keywords) or [[word] for word in each.words]
-        targets: dict[str, Expression] = {}
-        if each.parts:
-            targets["blend"] = blended(each.parts, site)
+        targets: dict[str, Expression] = {}  # the first is what baselines that need a direction go along
         if wanted and each.sae.site == each.sae.writes:
             rows = [lab.model.tokenize(text, most=min(lab.model.context, background.TOKENS)) for text in each.like]
             own = background.statistics(lab.model, each.sae, rows)
             start = baselines.difference_of_means(own, background.of(lab.model, each.sae))
             targets["fitted blend"] = blended(fit.fit(lab, each.sae, start, wanted), site)
+        if each.parts:
+            targets["blend"] = blended(each.parts, site)
         causing = [c for c in each.candidates if c.causes] or each.candidates
         targets["feature"] = Ref(index=max(causing, key=lambda c: c.mention or 0.0).feature, site=site)
         for what, expression in targets.items():

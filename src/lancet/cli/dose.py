@@ -33,6 +33,8 @@ def run(target: str | None, like_file: Path | None, plot: Path | None, choice: C
         show.as_json(found.to_json())
         return
     table(found)
+    if how["name"] and found.chosen:
+        show.line(f"named {how['name']}: use it as `{how['name']} {found.chosen.sign} auto`")
     show.say("; ".join([*found.notes, *lab.model.notes]))
 
 
@@ -48,7 +50,9 @@ def table(found: Dose) -> None:
     rows(found.report, found.reported)
     if found.chosen is None:
         return
-    show.line(f"recommended: {found.chosen.edit}", style="bold")
+    show.line(f"recommended: {found.chosen.short}", style="bold")
+    if len(found.chosen.edit) > len(found.chosen.short):
+        show.line(f"as an edit: {found.chosen.edit}")
     for sign, amount in found.kept.items():
         show.line(f"from now on `{sign} auto` means {sign} {amount}")
 
