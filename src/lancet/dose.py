@@ -176,6 +176,13 @@ class Dose:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def called(self) -> str:
+        """What was dosed, in few words."""
+        from lancet.ways import LONGEST
+
+        return self.target if len(self.target) <= LONGEST else "the target"
+
+    @property
     def reported(self) -> Row | None:
         """The recommended dose on the report's prompts."""
         return next((row for row in self.report if self.chosen and row.edit == self.chosen.edit), None)
@@ -242,7 +249,7 @@ class Dose:
         return response(self, AnyPath(path))
 
     def __str__(self) -> str:
-        head = f"{self.target}: " + (
+        head = f"{self.called}: " + (
             f"recommended {self.chosen.short}" if self.chosen else "no strength fits the limits"
         )
         lines = [

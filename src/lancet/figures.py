@@ -248,7 +248,7 @@ def response(dose: Dose, path: Path) -> Path:
         # Beside the panels: a dozen curves leave no corner free.
         panels[-1].legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.02, 1))
         told = f"recommended {chosen.short}" if chosen else "no strength fits the limits"
-        figure.suptitle(_plain(f"{dose.target}: {told}"), x=0.01, ha="left", fontsize=11, color=INK)
+        figure.suptitle(_plain(f"{dose.called}: {told}"), x=0.01, ha="left", fontsize=11, color=INK)
         return _finish(figure, panels[0], path, note)
 
 

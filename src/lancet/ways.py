@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STRENGTHS = ("0.15rn", "0.2rn", "0.25rn", "0.3rn", "0.35rn", "0.4rn", "0.45rn", "0.5rn", "0.6rn", "0.75rn")
 TIMES = ("0.5x", "1x", "1.5x", "2x", "3x", "4x")  # what a single feature is set to
 COMPARED = ("0.2rn", "0.3rn", "0.4rn", "0.5rn", "0.6rn", "0.75rn")  # what baselines are tried at
+LONGEST = 60  # characters of a target that it is called by
 ORTHOGONAL, PREFIX = "orthogonal (Neuronpedia)", "prompt prefix"
 
 
@@ -64,7 +65,13 @@ def target_way(
         expression = Ref(index=target)
     elif isinstance(target, str):
         expression = parse_expression(normal(target))
-    return Way(str(expression), expression, _strengths(lab, expression, amounts, operations), own=True)
+    text = str(expression)
+    return Way(
+        text if len(text) <= LONGEST else "the target",
+        expression,
+        _strengths(lab, expression, amounts, operations),
+        own=True,
+    )
 
 
 def suggested(
