@@ -442,7 +442,7 @@ def test_memory_of_a_large_sae(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from pathlib import Path
-from benchmarks.million import watched
+from benchmarks.memory import watched
 from lancet import weights, sae as module
 from lancet.loading import sae_from_folder
 weights.COPY_BYTES, weights.PIECE_BYTES, module.DENSE_BYTES = 0, 1 << 20, 4 << 20
@@ -465,7 +465,7 @@ print(peak.grown)
     root, run = Path(__file__).parents[1], [sys.executable, "-c", code, str(folder)]
     told = subprocess.run(run, capture_output=True, text=True, check=False, cwd=root)
     assert told.returncode == 0, told.stderr
-    assert int(told.stdout) < 40e6
+    assert float(told.stdout) < 40
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
