@@ -19,8 +19,9 @@ import torch
 from killing import KillsAtStep, exit_code
 
 from lancet import files
-from lancet.atlas import finish, shards
+from lancet.atlas import finish, place, shards
 from lancet.atlas import harvest as module
+from lancet.atlas import plan as plans
 from lancet.atlas.harvest import harvest
 from lancet.errors import LancetError, MismatchError, UsageError
 from lancet.facts import Facts
@@ -33,7 +34,7 @@ from lancet.site import Site
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.2.hook_resid_post")
 FEATURES, LENGTH, SHARD = 40, 24, 200
-TABLES = ("manifest.json", "features.parquet", "examples.parquet", "passages.parquet")
+TABLES = ("manifest.json", "features.parquet", "examples.parquet", "passages.parquet", "facts.safetensors")
 
 
 def texts(count: int = 25, seed: int = 0) -> list[str]:
@@ -68,7 +69,7 @@ def lab_of(model: Model, count: int = 1) -> Lab:
     saes = [random_sae(64, FEATURES, "standard", seed=i, site=Site.parse(SITES[i])) for i in range(count)]
     lab = Lab(model, saes)
     for sae in saes:
-        lab._facts[sae.site] = Facts(torch.full((FEATURES,), 9.0), torch.full((FEATURES,), 0.1), 10.0, 1000)
+        lab._own_facts[sae.site] = Facts(torch.full((FEATURES,), 9.0), torch.full((FEATURES,), 0.1), 10.0, 1000)
     return lab
 
 
@@ -202,6 +203,34 @@ def test_examples_show_their_text(model: Model, plain: Path) -> None:
     assert set(used) == set(passages)
     best = told["examples"].to_pandas().query("band == 0 and rank == 0").set_index("feature").value
     np.testing.assert_allclose(best, strongest.max(0)[best.index], rtol=1e-5, atol=1e-5)
+
+
+def test_facts_are_of_the_corpus(model: Model, plain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Reading and editing go by the harvest's maxima; on another model by those measured there."""
+    every = np.concatenate(densely(model, lab_of(model).sae(), texts())[0])
+    tokens = np.concatenate(densely(model, lab_of(model).sae(), texts())[1])
+    facts = Facts.load(plain / "facts.safetensors")
+    np.testing.assert_allclose(facts.maximum, every.max(0), rtol=1e-5)
+    np.testing.assert_allclose(facts.density, (every > 0).mean(0), rtol=1e-6)
+    assert facts.tokens == len(tokens) and facts.norm == 10.0
+    lit = int((every > 0).sum(0).argmax())
+    mass = np.bincount(tokens, every[:, lit], minlength=model.d_vocab)
+    assert facts.fires_ids is not None and facts.fires_shares is not None
+    assert int(facts.fires_ids[lit][0]) == int(mass.argmax())
+    assert float(facts.fires_shares[lit][0]) == pytest.approx(mass.max() / mass.sum(), abs=1e-3)
+
+    monkeypatch.setenv("LANCET_DATA", str(tmp_path / "data"))
+    lab = lab_of(model)
+    shutil.copytree(plain, place.default(lab.sae().name))
+    assert torch.equal(lab.facts().maximum, facts.maximum)
+    assert torch.equal(lab.facts(harvested=False).maximum, torch.full((FEATURES,), 9.0))
+    other = lab_of(model)
+    monkeypatch.setattr(other.model, "name", "another")
+    assert torch.equal(other.facts().maximum, facts.maximum)  # the very weights, under another name
+    monkeypatch.setattr(plans, "fingerprint", lambda model: "other weights")
+    other = lab_of(model)
+    other._own_facts.clear()
+    assert other.facts().tokens != facts.tokens
 
 
 def test_another_order_counts_the_same(model: Model, plain: Path, tmp_path: Path) -> None:
@@ -373,6 +402,7 @@ def test_lenses_and_a_limit(model: Model, corpus: Path, tmp_path: Path, monkeypa
     assert found.corpus["tokens"] == 150
     features = tables(tmp_path / "a")["features"].to_pydict()
     logits = logit_lens(model, lab.sae().rows(slice(0, FEATURES)))
+    lab._facts |= lab._own_facts
     for f in (0, 17, FEATURES - 1):
         order = logits[f].argsort(descending=True)
         assert features["logit_up"][f] == [model.decode([i]) for i in order[:10].tolist()]

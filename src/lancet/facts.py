@@ -78,9 +78,9 @@ class Facts:
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        metadata = {"norm": repr(self.norm), "tokens": str(self.tokens), "concepts": json.dumps(self.concepts)}
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        told = {"norm": self.norm, "tokens": self.tokens, "concepts": self.concepts}
+        with whole_file(path) as temporary:  # one key: the order of several is not the same in every process
+            save_file(tensors, temporary, metadata={"facts": json.dumps(told)})
 
     @classmethod
     def load(cls, path: Path) -> Facts:
@@ -93,14 +93,14 @@ class Facts:
 
         check_safetensors(path)
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+            told = json.loads((file.metadata() or {}).get("facts", "null"))
             get = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return cls(
-            **get,
-            norm=float(metadata["norm"]),
-            tokens=int(metadata["tokens"]),
-            concepts=json.loads(metadata["concepts"]),
-        )
+        try:
+            return cls(**get, **told)
+        except TypeError as error:
+            raise DamagedError(
+                f"{path} holds no facts that this Lancet reads; delete it, and they are measured anew"
+            ) from error
 
 
 class Fires:

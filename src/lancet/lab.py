@@ -106,6 +106,7 @@ class Lab:
         self.saes: list[Sae] = [friends.sae_of(sae, self.model, basis) for sae in held]
         self._shipped = dict(facts or {})
         self._facts: dict[Site, Facts] = {}  # by site: two folders may bear one name
+        self._own_facts: dict[Site, Facts] = {}  # the same without any atlas'
         self._atlas: Atlas | None = None
         self._means: dict[tuple[Any, ...], Tensor] = {}  # mean differences of sentences
         self.opened: dict[str, Any] | None = None  # arguments of open_lab with which another process opens the same
@@ -134,22 +135,28 @@ class Lab:
             return written[0]
         raise UsageError(f"no SAE at {site} is open; open are {', '.join(str(sae.site) for sae in self.saes)}")
 
-    def facts(self, sae: Sae | None = None) -> Facts:
-        """Maxima, densities, typical norm and effects of an SAE, measured when first needed and kept."""
+    def facts(self, sae: Sae | None = None, harvested: bool = True) -> Facts:
+        """Maxima, densities, typical norm and effects of an SAE: those that ship with it, else those of its atlas, else
+        measured on a bundled text when first needed, and kept.
+
+        Args:
+            harvested: take those of an atlas; a harvest itself must not depend on an earlier one.
+        """
         sae = sae or self.sae()
-        if sae.site not in self._facts:
-            self._facts[sae.site] = facts_module.of(self.model, sae, self._shipped.get(sae.site), self.say)
-        return self._facts[sae.site]
+        known = self._facts if harvested else self._own_facts
+        if sae.site not in known:
+            shipped = self._shipped.get(sae.site)
+            if harvested and not (shipped and shipped.is_file()):
+                from lancet.atlas import which
 
-    @property
-    def atlas(self) -> Atlas | None:
-        """What a corpus says about the features of the default SAE: the atlas that ships with it, else the one that was
-        harvested for it; None where there is neither."""
-        if self._atlas is None and self.saes:
-            from lancet.atlas import which
+                shipped = which.facts(self.model, sae, shipped) or shipped
+            known[sae.site] = facts_module.of(self.model, sae, shipped, self.say)
+        return known[sae.site]
 
-            self._atlas = which.of(self.sae(), self._shipped.get(self.sae().site))
-        return self._atlas
+    def harvested(self, sae: Sae) -> None:
+        """Looks facts and atlas up anew when they are next asked for: a harvest has written some."""
+        self._facts.pop(sae.site, None)
+        self._atlas = None
 
     def _norm(self, site: Site) -> float:
         """The typical norm at a site, from the facts of an SAE that writes there."""

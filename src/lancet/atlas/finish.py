@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lancet.atlas import company, lenses
-from lancet.atlas.manifest import NAME, VERSION
+from lancet.atlas.manifest import FACTS, NAME, VERSION
 from lancet.atlas.place import slug
 from lancet.atlas.selection import AFTER, BEFORE, DRAWN, begins, drawn, ranks
 from lancet.atlas.sketch import AllPairs
 from lancet.atlas.statistics import BINS, UNIT, Statistics
 from lancet.errors import DamagedError
+from lancet.facts import FIRES, Facts
 from lancet.files import whole_file, write_json
 from lancet.telling import Say
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from lancet.sae import Sae
 
 FRACTIONS = (0.2, 0.4, 0.6, 0.8)  # of the maximum, near which bands end
-FIRES = 5
-ROWS = 4096  # features of a row group
+ROWS = {"features": 1024, "examples": 4096, "passages": 1024}  # of a row group: a card reads a few of a large atlas
+
+BLOCK = 4096  # features whose rows are made together
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -64,6 +66,7 @@ def write(
     _write_passages(prepared, chosen, folder)
     _write_examples(chosen, folder)
     _write_features(lab.model, sae, statistics, edges, shown, folder)
+    facts(lab, sae, statistics, shown).save(folder / FACTS)
     write_json(folder / NAME, _manifest(lab, plan, told, prepared, statistics, shown))
 
 
@@ -88,6 +91,33 @@ def _manifest(
         "lenses": {name: shown.get(name) is not None for name in ("logit", "effect")},
         "versions": {"lancet": __version__},
     }
+
+
+def facts(lab: Lab, sae: Sae, statistics: Statistics, shown: dict[str, Any]) -> Facts:
+    """What edits and readings go by, measured on the corpus instead of the bundled text.
+
+    The typical norm stays as it was: doses are kept in units of it, and must not change when a corpus is harvested.
+    """
+    import torch
+
+    ids = np.full((sae.d_sae, FIRES), -1, np.int64)
+    shares = np.zeros((sae.d_sae, FIRES), np.float32)
+    feature, rank, token, share = _top_tokens(statistics)
+    ids[feature, rank], shares[feature, rank] = token, share
+    effects: dict[str, Any] = {}
+    if held := shown.get("effect"):
+        base = lenses.baseline(lab, sae)
+        effects = {"effect_ids": torch.from_numpy(held["up"]), "effect_values": torch.from_numpy(held["up_values"])}
+        effects |= {"effect_mean": base.mean, "effect_deviation": base.deviation}
+    return Facts(
+        maximum=torch.from_numpy(np.where(statistics.fired > 0, statistics.maximum, 0).astype(np.float32)),
+        density=torch.from_numpy(statistics.fired / max(1, statistics.tokens)),
+        norm=lab.facts(sae, harvested=False).norm,
+        tokens=statistics.tokens,
+        fires_ids=torch.from_numpy(ids),
+        fires_shares=torch.from_numpy(shares),
+        **effects,
+    )
 
 
 # ---- bands -----------------------------------------------------------------------------------------------------------
@@ -266,8 +296,8 @@ def _write_features(
     blank: list[Any] = []
 
     def tables() -> Iterator[Any]:
-        for first in range(0, sae.d_sae, ROWS):
-            part = slice(first, min(first + ROWS, sae.d_sae))
+        for first in range(0, sae.d_sae, BLOCK):
+            part = slice(first, min(first + BLOCK, sae.d_sae))
             count = part.stop - part.start
             columns: dict[str, Any] = {
                 "feature": np.arange(part.start, part.stop, dtype=np.int32),
@@ -315,18 +345,23 @@ class _Words:
 
 def _fires(statistics: Statistics, words: _Words) -> dict[int, tuple[list[str], list[float]]]:
     """feature -> the tokens that hold most of its activation, and their shares of it."""
-    feature, token, mass = statistics.fires.by_token()
-    whole = np.bincount(feature, mass, statistics.d_sae)
-    keep = ranks(begins(feature)) < FIRES
-    feature, token, mass = feature[keep], token[keep], mass[keep]
+    feature, _, token, shares = _top_tokens(statistics)
     found: dict[int, tuple[list[str], list[float]]] = {}
-    for f, word, share in zip(
-        feature.tolist(), words.of(token.tolist()), (mass / whole[feature]).tolist(), strict=True
-    ):
+    for f, word, share in zip(feature.tolist(), words.of(token.tolist()), shares.tolist(), strict=True):
         held = found.setdefault(f, ([], []))
         held[0].append(word)
         held[1].append(share)
     return found
+
+
+def _top_tokens(statistics: Statistics) -> tuple[Array, Array, Array, Array]:
+    """Features, ranks, token ids and shares of the FIRES tokens that hold most of each feature's activation."""
+    feature, token, mass = statistics.fires.by_token()
+    whole = np.bincount(feature, mass, statistics.d_sae)
+    rank = ranks(begins(feature))
+    keep = rank < FIRES
+    feature, rank, token, mass = feature[keep], rank[keep], token[keep], mass[keep]
+    return feature, rank, token, mass / whole[feature]
 
 
 def _by_feature(blocks: Iterator[tuple[Array, Array]], d_sae: int) -> tuple[Array, Array]:
@@ -351,11 +386,10 @@ def _together(statistics: Statistics) -> tuple[dict[int, Array], dict[int, Array
 def _write(path: Path, schema: Any, tables: Any) -> None:
     import pyarrow.parquet as parquet
 
-    rows = ROWS if "histogram" in schema.names else 65_536
     with (
         whole_file(path) as temporary,
         temporary.open("wb") as file,
         parquet.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
         for table in tables:
-            writer.write_table(table, row_group_size=rows)
+            writer.write_table(table, row_group_size=ROWS[path.stem])

@@ -164,6 +164,7 @@ def harvest(
         _count(prepared, sums, parts, say)
         for sae, told, counted, folder in zip(chosen, plan.saes, sums, folders, strict=True):
             finish.write(lab, sae, plan, told, prepared, counted.statistics, folder, work, lenses, say)
+            lab.harvested(sae)
         shutil.rmtree(work)
     with suppress(OSError):
         (place / plans.WORK).with_suffix(".lock").unlink()

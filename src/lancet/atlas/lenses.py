@@ -51,27 +51,32 @@ def logit(lab: Lab, sae: Sae, folder: Path, say: Say) -> dict[str, np.ndarray] |
 
 def effects(lab: Lab, sae: Sae, folder: Path, say: Say) -> dict[str, np.ndarray]:
     """The effect lens at `effect.STRENGTH`, in the order of its lists elsewhere; as `logit`, values in nats."""
-    facts = lab.facts(sae)
-    length = facts.norm * effect.STRENGTH
+    length = _length(lab, sae)
     held: list[effect.Baseline] = []
-
-    def baseline() -> effect.Baseline:
-        if not held and facts.effect_mean is not None and facts.effect_deviation is not None:
-            held.append(effect.Baseline(facts.effect_mean.float(), facts.effect_deviation.float()))
-        if not held:  # of features spread over all of them
-            sample = np.unique(np.linspace(0, sae.d_sae - 1, min(effect.SAMPLE, sae.d_sae)).astype(np.int64))
-            held.append(effect.baseline(lab.model, sae.writes, _unit(sae, sample) * length))
-        return held[0]
 
     def measure(rows: Tensor) -> dict[str, Tensor]:
         rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12) * length
         parts = []
+        held.extend([] if held else [baseline(lab, sae)])
         for change in effect.changes(lab.model, sae.writes, rows):
-            both = (effect.strongest(change, COUNT, baseline(), largest) for largest in (True, False))
+            both = (effect.strongest(change, COUNT, held[0], largest) for largest in (True, False))
             parts.append(tuple(tensor for pair in both for tensor in pair))
         return _named(parts)
 
     return _blocks(sae, folder / "effect", measure, "the effect lens", say)
+
+
+def baseline(lab: Lab, sae: Sae) -> effect.Baseline:
+    """What the average feature does: as the SAE's facts have it, else of features spread over all of them."""
+    facts = lab.facts(sae, harvested=False)
+    if facts.effect_mean is not None and facts.effect_deviation is not None:
+        return effect.Baseline(facts.effect_mean.float(), facts.effect_deviation.float())
+    sample = np.unique(np.linspace(0, sae.d_sae - 1, min(effect.SAMPLE, sae.d_sae)).astype(np.int64))
+    return effect.baseline(lab.model, sae.writes, _unit(sae, sample) * _length(lab, sae))
+
+
+def _length(lab: Lab, sae: Sae) -> float:
+    return lab.facts(sae, harvested=False).norm * effect.STRENGTH
 
 
 def _unit(sae: Sae, features: np.ndarray) -> Tensor:

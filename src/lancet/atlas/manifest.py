@@ -15,6 +15,7 @@ from lancet.files import read_json
 
 VERSION = 1
 NAME = "manifest.json"
+FACTS = "facts.safetensors"  # of lancet.facts
 FILES = ("features.parquet", "examples.parquet", "passages.parquet")
 
 

@@ -82,7 +82,7 @@ def make(
             "d_sae": sae.d_sae,
             "key": namefile.key(sae),
             "fingerprint": facts_module.fingerprint(lab.model, sae),
-            "octave": octave(float(lab.facts(sae).maximum.abs().max())),
+            "octave": octave(float(lab.facts(sae, harvested=False).maximum.abs().max())),
         }
         for sae in saes
     ]

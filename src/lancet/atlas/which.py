@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from lancet import names
 from lancet.atlas import place
 from lancet.atlas.atlas import Atlas
-from lancet.atlas.manifest import NAME
+from lancet.atlas.manifest import FACTS, NAME
 from lancet.errors import MissingError, UnknownName, UsageError
 from lancet.files import read_json
 
 if TYPE_CHECKING:
+    from lancet.model import Model
     from lancet.sae import Sae
 
 INSIDE = "atlas"  # the folder of the atlas that comes with an SAE, inside the SAE's own
@@ -58,6 +59,24 @@ def of(sae: Sae, shipped: Path | None = None) -> Atlas | None:
         if (where / NAME).is_file() and (found := Atlas.open(where)).belongs(sae):
             return found
     return None
+
+
+def facts(model: Model, sae: Sae, shipped: Path | None = None) -> Path | None:
+    """The file of facts in the atlas of a pair, None where there is none of this SAE on this very model.
+
+    Args:
+        shipped: as in `of`.
+
+    Raises:
+        DamagedError: the atlas cannot be read.
+    """
+    from lancet.atlas.plan import fingerprint
+
+    found = of(sae, shipped)
+    if found is None or not (found.folder / FACTS).is_file():
+        return None
+    told = found.manifest.told["model"]
+    return found.folder / FACTS if model.name == told["name"] or fingerprint(model) == told["fingerprint"] else None
 
 
 def _fits(atlas: Atlas, folder: Path | None) -> bool:
