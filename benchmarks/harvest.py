@@ -159,7 +159,7 @@ def finishing(lab: Lab, prepared: Prepared, folder: Path) -> float:
     (folder / "work").mkdir()
     begin = time.perf_counter()
     finish.write(
-        lab, lab.sae(), plan, plan.saes[0], prepared, counted.statistics, folder / "atlas", folder / "work", False,
+        lab, lab.sae(), plan, plan.saes[0], prepared, counted.statistics, folder / "atlas", folder / "work", False, 20,
         lambda line: None,
     )  # fmt: skip
     return time.perf_counter() - begin

@@ -354,7 +354,7 @@ def test_read_at_as_json(run: Callable[..., Done]) -> None:
     assert set(found) <= documented("lancet read TEXT --at CHARACTERS --json") | {"top"}
     assert found["text"] == "大桥"
     assert len(found["positions"]) == len(found["lit"]) == len(found["explained"])
-    assert set(found["top"][0]) == {"share", "feature", "value", "position", "fires", "says", "name"}
+    assert set(found["top"][0]) == {"share", "feature", "value", "position", "fires", "says", "name", "described"}
     assert len(found["top"]) == 5
 
 

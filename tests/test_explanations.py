@@ -64,8 +64,8 @@ def test_entries_come_back_and_replace_those_of_their_source() -> None:
     other = Explanation(3, "rivers", "auto")
     explanations.keep(KEY, [other, Explanation(1, "x", "auto")])
     assert explanations.load(KEY) == {1: [Explanation(1, "x", "auto")], 3: [one, other]}
-    assert explanations.of(KEY, 3) == [one, other]
-    assert explanations.of(KEY, 2) == explanations.of("another", 3) == []
+    assert explanations.of(KEY, [2, 3]) == {3: [one, other]}
+    assert explanations.of("another", [3]) == {}
     assert explanations.best(explanations.load(KEY)[3]) == one
     assert explanations.best([]) is None
     assert explanations.best([Explanation(3, "bad", "ask: m", 0.4, 20), two]) == two
@@ -389,3 +389,18 @@ def test_many_features_are_kept_and_read_quickly() -> None:
     explanations.keep(KEY, many)
     assert sum(map(len, explanations.load(KEY).values())) == 16384
     assert time.process_time() - start < 3
+
+
+def test_every_line_is_found_by_halves() -> None:
+    """Features with none, one and several explanations, of many lengths, the first and the last among them."""
+    draw = random.Random(0)
+    given = [
+        Explanation(f, "x" * draw.randint(1, 90), source)
+        for f in sorted(draw.sample(range(2000), 300))
+        for source in ("a", "b", "c")[: draw.randint(1, 3)]
+    ]
+    explanations.keep(KEY, given)
+    whole = explanations.load(KEY)
+    assert sum(map(len, whole.values())) == len(given)
+    assert explanations.of(KEY, range(2001)) == whole
+    assert explanations.of(KEY, [min(whole), max(whole)]) == {f: whole[f] for f in (min(whole), max(whole))}

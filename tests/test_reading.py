@@ -252,7 +252,7 @@ def test_json_has_the_documented_shape(which: str, readings: Any) -> None:
     first = found["tokens"][0]
     assert set(first) == {"position", "text", "lit", "explained", "norm", "top"}
     assert {"tokens[].lit", "tokens[].explained", "tokens[].norm", "tokens[].position", "tokens[].top[]"} <= names
-    assert set(first["top"][0]) == {"feature", "value", "share", "fires", "says", "name"}
+    assert set(first["top"][0]) == {"feature", "value", "share", "fires", "says", "name", "described"}
     assert found["text"] == TEXT
     assert found["hidden_dense"] == reading.hidden()
     assert [t["position"] for t in found["tokens"]] == list(range(1, len(reading)))
@@ -280,6 +280,7 @@ def test_frames(which: str, readings: Any) -> None:
         "fires",
         "says",
         "name",
+        "described",
     ]
     assert len(frame) == 5 * (len(readings(which)) - 1)
     assert frame.position.nunique() == len(readings(which)) - 1

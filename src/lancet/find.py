@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lancet import background, detect, effects, examples
+from lancet import background, detect, effects, examples, naming
 from lancet.algebra import Direction
 from lancet.background import TOKENS, Background, Sentences, statistics
 from lancet.errors import UsageError
@@ -59,6 +59,7 @@ class Candidate:
         told: nats by which it makes the words likelier, by the look-up among all features; None for the others.
         sign: -1 for a feature of an AbsTopK SAE that fires below zero in the examples, which is then what is meant.
         where: the examples in which it fires.
+        name: what the user calls it; described: the best description kept of it; "" where there is none.
     """
 
     feature: int
@@ -80,6 +81,8 @@ class Candidate:
     told: float | None = None
     sign: int = 1
     where: tuple[Evidence, ...] = ()
+    name: str = ""
+    described: str = ""
 
     @property
     def detects(self) -> bool:
@@ -277,11 +280,14 @@ def find(
         measured = effects.measure(lab, chosen, features, signs, words, [*likeliest[:top], *told])
         found.parts, found.blend = effects.blend(lab, chosen, own, base, words, blend)
     looked_at = dict.fromkeys([*likeliest[:top], *measured, *told])
+    names, described = naming.load(chosen), lab.described(looked_at, chosen)
     listed = [
         replace(
             _candidate(lab, chosen, f, own, against, base, tokens, rows),
             evidence=float(score[f]),
             told=told.get(f),
+            name=names.of_feature(f),
+            described=described.get(f, ""),
             **measured.get(f, {}),
         )
         for f in looked_at

@@ -7,12 +7,12 @@ lab.generate("I went to the grocery store to buy", "#123 += 0.5rn")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lancet import facts as facts_module
-from lancet import naming
+from lancet import namefile, naming
 from lancet.algebra import Call, Direction, Expression, Ref, evaluate
 from lancet.continuation import Comparison, Continuation
 from lancet.edit import Edit, RowChange, Step
@@ -56,7 +56,7 @@ class Feature:
         sae: the SAE's name.
         site: where it lives.
         index: its number.
-        name: what it is called, "" where it has no name.
+        name: what it is called, "" where it has no name; described: the best description kept of it, or "".
         maximum: its largest activation over the measured text, 0 where it never fired.
         density: share of all tokens on which it fires.
         fires: the tokens that it fires on, "" where it never fired.
@@ -73,6 +73,7 @@ class Feature:
     fires: str = ""
     says: str = ""
     url: str = ""
+    described: str = ""
 
     def __str__(self) -> str:
         return f"#{self.index}" + (f" {self.name}" if self.name else "") + (f" ({self.says})" if self.says else "")
@@ -188,6 +189,7 @@ class Lab:
             fires=self.fires(index, owner),
             says=self.says(index, owner),
             url=f"{owner.page}/{index}" if owner.page else "",
+            described=self.described([index], owner).get(index, ""),
         )
 
     def fires(self, index: int, sae: Sae | None = None, count: int = 3) -> str:
@@ -206,6 +208,13 @@ class Lab:
         if known.effect_ids is None or known.effect_values is None or float(known.effect_values[index][0]) <= 0:
             return ""
         return words((self.model.decode([i]) for i in known.effect_ids[index].tolist()), count)
+
+    def described(self, features: Iterable[int], sae: Sae | None = None) -> dict[int, str]:
+        """Feature -> the best description kept of it (`lancet names`), of those features that have one."""
+        from lancet.atlas import explanations
+
+        found = explanations.of(namefile.key(sae or self.sae()), features)
+        return {f: best.text for f, some in found.items() if (best := explanations.best(some))}
 
     @property
     def names(self) -> dict[str, Ref | Direction]:
@@ -353,6 +362,7 @@ class Lab:
         reading.labels = {f: (self.fires(f, chosen), self.says(f, chosen)) for f in lit}
         own = naming.load(chosen)
         reading.names = {f: name for f in lit if (name := own.of_feature(f))}
+        reading.described = self.described(lit, chosen)
         return reading
 
     def features(

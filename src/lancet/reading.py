@@ -31,6 +31,7 @@ class Lit:
         fires: the tokens that it fires on, over all the text that was measured ("" where it never fired there).
         says: what it makes the model say, strongest first ("" where that was not measured).
         name: what the user calls it, "" where it has no name.
+        described: the best description kept of it (`lancet names`), "" where there is none.
     """
 
     feature: int
@@ -40,6 +41,7 @@ class Lit:
     fires: str = ""
     says: str = ""
     name: str = ""
+    described: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Reading:
         norms: [tokens] length of the vector.
         facts: maxima, densities, effects.
         labels: feature -> (the tokens that it fires on, the words that it makes likelier), where measured.
-        names: feature -> what the user calls it.
+        names: feature -> what the user calls it; described: feature -> the best description kept of it.
         notes: precision and device, in words.
     """
 
@@ -98,6 +100,7 @@ class Reading:
     top: int = 5
     dense: bool = False
     names: dict[int, str] = field(default_factory=dict)
+    described: dict[int, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Reading({self.sae.name!r}, {_short(self.tokens.text)!r}, {len(self.features.value)} active)"
@@ -158,14 +161,13 @@ class Reading:
                 stronger = feature not in best or abs(value) > abs(best[feature].value)  # AbsTopK's may be negative
                 if (dense or not self.is_dense(feature)) and stronger:
                     label = self.labels.get(feature, ("", ""))
-                    best[feature] = Lit(
-                        feature, value, float(self.shares[i]), position, *label, self.names.get(feature, "")
-                    )
+                    called = self.names.get(feature, ""), self.described.get(feature, "")
+                    best[feature] = Lit(feature, value, float(self.shares[i]), position, *label, *called)
         return sorted(best.values(), key=lambda lit: -abs(lit.value))[:count]
 
     def to_json(self) -> dict[str, Any]:
         """{"text", "sae", "site", "precision", "hidden_dense", "tokens": [{"position", "text", "lit",
-        "explained", "norm", "top": [{"feature", "value", "share", "fires", "says", "name", "url"}]}]}; url
+        "explained", "norm", "top": [{"feature", "value", "share", "fires", "says", "name", "described", "url"}]}]}; url
         only where the SAE has a public page."""
         return {
             "text": self.tokens.text,
@@ -188,6 +190,7 @@ class Reading:
                             "fires": x.fires,
                             "says": x.says,
                             "name": x.name,
+                            "described": x.described,
                         }
                         | ({"url": f"{self.sae.page}/{x.feature}"} if self.sae.page else {})
                         for x in spot.top(self.top, self.dense)

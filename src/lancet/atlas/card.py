@@ -186,4 +186,6 @@ def agreed(record: Record) -> tuple[str, ...] | None:
 
 def explanations(key: str, feature: int) -> tuple[dict[str, Any], ...]:
     """What is kept of one feature's descriptions: {"text", "source", "score"}."""
-    return tuple({"text": e.text, "source": e.source, "score": e.score} for e in kept.of(key, feature))
+    return tuple(
+        {"text": e.text, "source": e.source, "score": e.score} for e in kept.of(key, [feature]).get(feature, ())
+    )

@@ -8,7 +8,7 @@ time, and are plain text that the user can search, compare and repair.
     {"lancet_explanations": 1, "key": "..."}
     {"feature": 12, "text": "bridges", "source": "ask: gpt-4o-mini", "score": 0.9, "asked": 20}
 
-Each line begins with its feature: `of` finds one feature's lines without parsing the others.
+Each line begins with its feature, in order: `of` finds one feature's lines without parsing the others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from lancet.errors import DamagedError, UsageError
 from lancet.files import changed_by_one, data_dir, whole_file
 
+_FEATURE = re.compile(rb'\{"feature": (\d+),')
 VERSION = 1
 AUTO = "auto"
 CHANCE = 0.5  # balanced accuracy of an answer that knows nothing
@@ -125,26 +126,49 @@ def load(key: str) -> dict[int, list[Explanation]]:
     return out
 
 
-def of(key: str, feature: int) -> list[Explanation]:
-    """The explanations of one feature; its lines alone are parsed, since there may be one for every feature.
+def of(key: str, features: Iterable[int]) -> dict[int, list[Explanation]]:
+    """Feature -> its explanations, of those features that have some. Their lines alone are read: the file is in the
+    order of features, and may have one for each of 131,072.
 
     Raises:
-        DamagedError: one of its lines is not what was written.
+        DamagedError: one of the lines is not what was written.
     """
     where = path(key)
     if not where.is_file():
-        return []
-    begin, out = b'\n{"feature": %d,' % feature, []
+        return {}
     held = where.read_bytes()
-    at = held.find(begin)
-    while at >= 0:
-        end = held.find(b"\n", at + 1)
-        try:
-            out.append(of_json(json.loads(held[at + 1 : None if end < 0 else end])))
-        except ValueError as error:
-            raise DamagedError(f"{where} was damaged: {error}; restore it, or delete it to begin anew") from error
-        at = held.find(begin, at + 1)
+    out: dict[int, list[Explanation]] = {}
+    try:
+        for feature in features:
+            at = _first_line(held, feature)
+            while at < len(held) and held.startswith(b'{"feature": %d,' % feature, at):
+                end = held.find(b"\n", at)
+                end = len(held) if end < 0 else end
+                out.setdefault(feature, []).append(of_json(json.loads(held[at:end])))
+                at = end + 1
+    except ValueError as error:
+        raise DamagedError(f"{where} was damaged: {error}; restore it, or delete it to begin anew") from error
     return out
+
+
+def _first_line(held: bytes, feature: int) -> int:
+    """Where the first line of this feature or of a later one begins; a search by halves.
+
+    Raises:
+        ValueError: a line does not begin with a feature.
+    """
+    low, high = held.find(b"\n") + 1, len(held)
+    while low < high:
+        middle = held.rfind(b"\n", 0, (low + high) // 2) + 1  # of the line that lies half way
+        middle = max(middle, low)
+        match = _FEATURE.match(held, middle)
+        if match is None:
+            raise ValueError(f"byte {middle} begins no explanation")
+        if int(match[1]) < feature:
+            low = held.find(b"\n", middle) + 1 or len(held)
+        else:
+            high = middle
+    return low
 
 
 def keep(key: str, entries: Iterable[Explanation]) -> int:

@@ -20,6 +20,7 @@ from lancet.atlas import plan as plans
 from lancet.atlas.activations import active
 from lancet.atlas.corpus import Bad, documents, sources
 from lancet.atlas.place import default, slug
+from lancet.atlas.selection import STRONGEST
 from lancet.atlas.statistics import Statistics
 from lancet.errors import DamagedError, UsageError
 from lancet.telling import Say
@@ -108,6 +109,7 @@ def harvest(
     saes: Sequence[str | Site] = (),
     column: str = "text",
     lenses: bool = True,
+    examples: int = STRONGEST,
     engine: str = "local",
     workers: int = 0,
     address: str | None = None,
@@ -125,6 +127,8 @@ def harvest(
         saes: sites of the lab's SAEs that are wanted; all where none is named.
         column: the field that holds the text in JSONL and Parquet.
         lenses: also measure what each feature makes the model say.
+        examples: so many of the strongest of each feature are kept, and a quarter as many of each fifth of its range;
+            they are most of an atlas' size.
         engine: "local", or "ray" for `workers` processes, here or on the cluster at `address`.
         say: told how far it is (`telling.counted`); the lab's where None.
 
@@ -137,6 +141,8 @@ def harvest(
     say = say or lab.say
     if engine not in ENGINES:
         raise UsageError(f"no engine {engine!r}; there are {' and '.join(ENGINES)}")
+    if not 1 <= examples <= STRONGEST:
+        raise UsageError(f"1 to {STRONGEST} examples can be kept, got {examples}")
     if engine == "ray":
         from lancet.atlas import ray_engine
 
@@ -163,7 +169,7 @@ def harvest(
             parts = _locally(lab, chosen, prepared, sums)
         _count(prepared, sums, parts, say)
         for sae, told, counted, folder in zip(chosen, plan.saes, sums, folders, strict=True):
-            finish.write(lab, sae, plan, told, prepared, counted.statistics, folder, work, lenses, say)
+            finish.write(lab, sae, plan, told, prepared, counted.statistics, folder, work, lenses, examples, say)
             lab.harvested(sae)
         shutil.rmtree(work)
     with suppress(OSError):

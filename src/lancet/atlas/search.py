@@ -170,5 +170,5 @@ def _described(atlas: Atlas) -> Mapping[str, Matrix]:
 
 
 def _best(key: str, feature: int) -> str:
-    found = explanations.best(explanations.of(key, feature))
+    found = explanations.best(explanations.of(key, [feature]).get(feature, ()))
     return found.text if found else ""

@@ -399,6 +399,9 @@ def harvest(
     lenses: Annotated[
         bool, typer.Option("--lenses/--no-lenses", help="Also measure what each feature makes the model say.")
     ] = True,
+    examples: Annotated[
+        int, typer.Option(help="Kept of the strongest, at most 20; a quarter as many of each fifth of the range.")
+    ] = 20,
     choice: Choice = Choice(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
@@ -406,7 +409,7 @@ def harvest(
     from lancet.cli.harvest import run
 
     how = {"column": field, "length": length, "engine": engine, "address": address, "workers": workers}
-    run(corpus, out, tokens, choice, json, lenses=lenses, **how)
+    run(corpus, out, tokens, choice, json, lenses=lenses, examples=examples, **how)
 
 
 @app.command()

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from lancet.cli.opening import Choice
     from lancet.find import Candidate, Found
-    from lancet.naming import Names
 
 WIDE, WIDEST = 120, 180  # columns of a terminal from which every figure has room, and the logit lens too
 FIGURES = ["AUROC", "unlike", "F1", "token F1", "elsewhere", "nats", "says it", "output"]
@@ -42,8 +41,6 @@ def run(
         raise UsageError("words bring their own sentences: give words alone, or --like with --unlike and --at")
     if words is None and not like:
         raise UsageError("no example; give --like SENTENCE (several) or --like-file FILE, or words: lancet find WORDS")
-    from lancet import naming
-
     lab = choice.open()
     told = []
     for sae in lab.saes:
@@ -64,7 +61,7 @@ def run(
             continue
         if len(lab.saes) > 1:
             show.heading(f"{sae.name} at {sae.site}")
-        table(found, naming.load(sae))
+        table(found)
         show.say("; ".join(found.notes))
     if json:
         show.as_json(told[0] if len(told) == 1 else told)
@@ -72,12 +69,12 @@ def run(
         show.say("; ".join(lab.model.notes))
 
 
-def table(found: Found, names: Names) -> None:
+def table(found: Found) -> None:
     """The candidates, those that say the words, what the few detect together, the baselines and the blend."""
     apart = ", ".join(found.says) or "none"
-    _listed(found.candidates, names, f"{len(found.like)} examples; words that set them apart: {apart}")
+    _listed(found.candidates, f"{len(found.like)} examples; words that set them apart: {apart}")
     if found.sayers:
-        _listed(found.sayers, names, f"beside them, the features that most make the model say {found.asked}")
+        _listed(found.sayers, f"beside them, the features that most make the model say {found.asked}")
     adds = ", ".join(f"#{f} {a:.3f}" for f, a in zip(found.together, found.adds, strict=True))
     show.line(f"together, AUROC as each joins: {adds}")
     show.line("beside it, AUROC: " + ", ".join(f"{name} {value:.3f}" for name, value in found.baselines.items()))
@@ -90,14 +87,14 @@ def table(found: Found, names: Names) -> None:
         show.line(f"#{best.feature} fires in {len(best.where)} of {len(found.like)} examples: {seen}")
 
 
-def _listed(candidates: Sequence[Candidate], names: Names, title: str) -> None:
+def _listed(candidates: Sequence[Candidate], title: str) -> None:
     width = show.console().width if sys.stdout.isatty() else WIDEST
     wide, widest = width >= WIDE, width >= WIDEST
     unlike = any(c.unlike_auroc is not None for c in candidates)
     chosen = [name for name in (FIGURES if wide else SHORT) if name != "unlike" or unlike]
     rows = [
         [
-            f"#{c.feature}{'-' if c.sign < 0 else ''} {names.of_feature(c.feature)}".rstrip(),
+            f"#{c.feature}{'-' if c.sign < 0 else ''} {c.name or c.described}".rstrip(),
             c.does,
             *(figures(c)[name] for name in chosen),
             c.fires,

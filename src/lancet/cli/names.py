@@ -158,7 +158,7 @@ def list_(
     held = opened(atlas, model, sae)
     key = held.manifest.key
     if feature is not None:
-        found = explanations.of(key, index := which.feature(held, feature))
+        found = explanations.of(key, [index := which.feature(held, feature)]).get(index, [])
         if not found and not json:
             raise UsageError(f"#{index} has no explanation; `lancet names auto` proposes one")
     elif not (kept := explanations.load(key)) and not json:

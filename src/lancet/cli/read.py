@@ -111,7 +111,7 @@ def recipe(spot: Spot, top: int, dense: bool) -> None:
     page = spot.reading.sae.page
     rows = [
         [
-            f"#{lit.feature} {lit.name}".rstrip(),
+            f"#{lit.feature} {lit.name or lit.described}".rstrip(),
             f"{lit.value:.1f}",
             show.bar(lit.value, most),
             f"{lit.share:.1%}",
@@ -126,8 +126,8 @@ def recipe(spot: Spot, top: int, dense: bool) -> None:
 
 
 def told(lit: Lit) -> str:
-    """One feature in few characters: number, activation, the user's name for it or what it fires on."""
-    return f"#{lit.feature} {lit.value:.1f} {lit.name or lit.fires}".rstrip()
+    """One feature in few characters: number, activation, and its name, description or what it fires on."""
+    return f"#{lit.feature} {lit.value:.1f} {lit.name or lit.described or lit.fires}".rstrip()
 
 
 def remarks(reading: Reading) -> None:
