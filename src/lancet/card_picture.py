@@ -53,7 +53,7 @@ def draw(card: Card, path: Path) -> Path:
 def _head(axes: Any, card: Card) -> None:
     record, told = card.record, card.manifest
     axes.set_title(_plain(f"#{card.feature} {card.name}".rstrip()), loc="left", fontsize=15, color=INK, weight="bold")
-    lines = [f"{told.sae} at {told.site}"]
+    lines = [told.where]
     lines += [str(explanation["text"])[:110] for explanation in card.explanations[:1]]
     if record.fired:
         often = f"fires on {record.density:.3%} of {told.tokens:,} tokens"

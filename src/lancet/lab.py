@@ -154,6 +154,16 @@ class Lab:
             known[sae.site] = facts_module.of(self.model, sae, shipped, self.say)
         return known[sae.site]
 
+    @property
+    def atlas(self) -> Atlas | None:
+        """What a corpus says about the features of the default SAE: the atlas that ships with it, else the one that was
+        harvested for it; None where there is neither."""
+        if self._atlas is None and self.saes:
+            from lancet.atlas import which
+
+            self._atlas = which.of(self.sae(), self._shipped.get(self.sae().site))
+        return self._atlas
+
     def harvested(self, sae: Sae) -> None:
         """Looks facts and atlas up anew when they are next asked for: a harvest has written some."""
         self._facts.pop(sae.site, None)

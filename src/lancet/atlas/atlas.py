@@ -162,7 +162,7 @@ class Atlas:
         if not self.belongs(to):
             names = ", ".join(f"{sae.name} at {sae.site}" for sae in _saes(to))
             raise MismatchError(
-                f"the atlas in {self.folder} is about {self.manifest.sae} at {self.manifest.site} of "
+                f"the atlas in {self.folder} is about {self.manifest.where} of "
                 f"{self.manifest.model}, and {names} is open; open that SAE, or make its atlas with `lancet harvest`"
             )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from lancet.atlas import explanations as kept
+from lancet.atlas import explanations as kept_of
+from lancet.atlas import terms
 from lancet.atlas.atlas import BANDS, Atlas, Example, Record
 from lancet.atlas.manifest import Manifest
 
@@ -15,6 +17,7 @@ BINS_AN_OCTAVE = 4
 POSITIONS = ("1", "2-3", "4-7", "8-15", "16-31", "32-63", "64-127", "128-255", "256-511", "512 on")
 FEW = 4  # examples shown of each band but the strongest
 MANY = 10  # of the strongest
+ALIKE = 0.6  # of the words of two examples together: from here on they are the same line in two forms
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def cards(atlas: Atlas, features: Sequence[int], many: int = MANY, few: int = FE
     records = atlas.records(features)
     beside = sorted({other for record in records for other in (*record.near, *record.together)})
     rows = {r.feature: r for r in atlas.records(beside)} if beside else {}
-    examples = atlas.examples_of(list(dict.fromkeys(features)), most=max(many, few))
+    examples = atlas.examples_of(list(dict.fromkeys(features)))
     names: dict[int, list[str]] = {}
     for name, feature in atlas.names.items():
         names.setdefault(feature, []).append(name)
@@ -163,10 +166,27 @@ def cards(atlas: Atlas, features: Sequence[int], many: int = MANY, few: int = FE
                 neighbour(o, share, record.together_fired)
                 for o, share in zip(record.together, record.together_shares, strict=True)
             ),
-            examples=tuple(e for e in examples[record.feature] if e.rank < (many if e.band == 0 else few)),
+            examples=tuple(shown(examples[record.feature], many, few)),
         )
         for record in records
     ]
+
+
+def shown(examples: Iterable[Example], many: int, few: int) -> Iterator[Example]:
+    """The first `many` of the strongest band and `few` of each other, those that are all but the same as one before
+    them last: a corpus of letters or logs has the same line in many forms."""
+    for band, group in groupby(examples, key=lambda e: e.band):
+        rest, kept = [], []
+        for example in group:
+            words = set(terms.terms(example.text))
+            alike = any(len(words & other) > ALIKE * len(words | other) for other in kept)
+            if alike:
+                rest.append(example)
+            else:
+                kept.append(words)
+                if len(kept) <= (few if band else many):
+                    yield example
+        yield from rest[: max(0, (few if band else many) - len(kept))]
 
 
 def share_error(share: float, of: int) -> float:
@@ -187,5 +207,5 @@ def agreed(record: Record) -> tuple[str, ...] | None:
 def explanations(key: str, feature: int) -> tuple[dict[str, Any], ...]:
     """What is kept of one feature's descriptions: {"text", "source", "score"}."""
     return tuple(
-        {"text": e.text, "source": e.source, "score": e.score} for e in kept.of(key, [feature]).get(feature, ())
+        {"text": e.text, "source": e.source, "score": e.score} for e in kept_of.of(key, [feature]).get(feature, ())
     )

@@ -414,16 +414,8 @@ def write_tables(path: Path, schema: Any, tables: Iterable[Any], rows: int, leve
         (floats if pa.types.is_floating(kind) else others).append(
             f"{field.name}.list.element" if within else field.name
         )
-    with (
-        path.open("wb") as file,
-        parquet.ParquetWriter(
-            file,
-            schema,
-            compression="zstd",
-            compression_level=level,
-            use_dictionary=others,
-            **({"use_byte_stream_split": floats} if floats else {}),
-        ) as writer,
-    ):
+    how: dict[str, Any] = {"compression": "zstd", "compression_level": level, "use_dictionary": others}
+    how |= {"use_byte_stream_split": floats} if floats else {}
+    with path.open("wb") as file, parquet.ParquetWriter(file, schema, **how) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=rows)

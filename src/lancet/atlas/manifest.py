@@ -51,6 +51,11 @@ class Manifest:
     lenses: frozenset[str]
     told: Mapping[str, Any]
 
+    @property
+    def where(self) -> str:
+        """The SAE and its site in words, once where the one is called by the other."""
+        return self.site if self.sae == self.site else f"{self.sae} at {self.site}"
+
 
 def load(folder: Path) -> Manifest:
     """The manifest of an atlas' folder.

@@ -69,8 +69,10 @@ def page(cards: Sequence[Card]) -> str:
 
 def _card(card: Card) -> str:
     record, told = card.record, card.manifest
-    where = f"{told.sae} at {told.site}"
-    out = [f'<article id="f{card.feature}"><h1>#{card.feature} {escape(card.name)} <small>{escape(where)}</small></h1>']
+    out = [
+        f'<article id="f{card.feature}"><h1>#{card.feature} {escape(card.name)} '
+        f"<small>{escape(told.where)}</small></h1>"
+    ]
     out += [f"<p>{escape(e['text'])} <small>{escape(_source(e))}</small></p>" for e in card.explanations]
     rows: list[tuple[str, str]] = []
     if not record.fired:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lancet.atlas import terms
 from lancet.atlas.explanations import AUTO, Explanation, one_line
 
 if TYPE_CHECKING:
@@ -125,13 +126,13 @@ def propose(atlas: Atlas) -> list[Explanation]:
         "SELECT feature, fired, density, positions, fires_tokens, fires_shares, effect_up, logit_up FROM features "
         "WHERE fired > 0 ORDER BY feature"
     )
-    said = Counter(word for row in rows for word in _clean(row[6] or row[7] or []))
+    said = Counter(word for row in rows for word in _clean(terms.whole(row[6] or row[7] or [])))
     common = {word for word, count in said.items() if count > max(FEW, SAID_BY_MANY * len(rows))}
     out = []
     for feature, fired, density, positions, tokens, shares, effect, logit in rows:
         at_first = positions[0] / fired if first < FIRST / LIFT else 0.0
         fires = list(zip(tokens or [], shares or [], strict=False))
-        says = [word for word in _clean(effect or logit or []) if word not in common]
+        says = [word for word in _clean(terms.whole(effect or logit or [])) if word not in common]
         out.append(_name(feature, density, at_first, fires, says, kept.get(feature, Seen()), usual))
     return out
 

@@ -24,6 +24,13 @@ def terms(text: str) -> list[str]:
     return out
 
 
+def whole(tokens: Iterable[str]) -> list[str]:
+    """Those of some tokens that begin a word, or are of a script without spaces; all of them where none is: what a
+    feature makes likelier is full of pieces of words (`ilepsy`), which say nothing alone."""
+    given = list(tokens)
+    return [token for token in given if token[:1] == " " or _SIGNS.search(token)] or given
+
+
 def grams(run: str) -> list[str]:
     """Single characters and pairs of a run of a script without spaces."""
     return [*run, *(run[i : i + 2] for i in range(len(run) - 1))]

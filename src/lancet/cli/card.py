@@ -69,7 +69,7 @@ def opened(choice: Choice, folder: Path | None) -> Atlas:
 
 def printed(card: Card) -> None:
     """A whole card."""
-    show.heading(" ".join([f"#{card.feature}", card.name, f"({card.manifest.sae} at {card.manifest.site})"]))
+    show.heading(" ".join(filter(None, [f"#{card.feature}", card.name, f"({card.manifest.where})"])))
     _rows(list(facts(card)))
     if not card.record.fired:
         return

@@ -72,7 +72,6 @@ def run(out: Path, choice: Choice, json: bool) -> None:
 
 def _found(lab: Lab, told: dict[str, Any], json: bool) -> dict[str, Any]:
     """The bridge, found: its detector, and the blend that causes it. It stands for the table where a pair has none."""
-    from lancet import naming
     from lancet.cli import find as listed
 
     with show.working("finding the bridge in six sentences"):
@@ -80,7 +79,7 @@ def _found(lab: Lab, told: dict[str, Any], json: bool) -> dict[str, Any]:
     told["find"] = found.to_json()
     if not json:
         show.heading("2. Which feature is the bridge? Found in six sentences about it")
-        listed.table(found, naming.load(lab.sae()))
+        listed.table(found)
     best = found.candidates[0]
     target = " + ".join(f"{weight:.4g} * #{feature}" for feature, weight in found.parts) or f"#{best.feature}"
     return {"feature": best.feature, "blend": list(found.parts), "dose_rn": UNKNOWN_DOSE, "target": f"({target})"}

@@ -25,6 +25,7 @@ def run(words: str | None, like: list[str], top: int, folder: Path | None, choic
         return
     if words is None:
         raise UsageError("nothing to search for; give words, such as `lancet search bridge`, or --like SENTENCE")
+    from lancet.atlas import terms
     from lancet.atlas.search import search
     from lancet.cli.card import opened
 
@@ -43,14 +44,14 @@ def run(words: str | None, like: list[str], top: int, folder: Path | None, choic
             f"#{hit.feature} {hit.name}".rstrip(),
             _does(hit) if several else hit.does,
             _tokens(hit.record.fires_tokens),
-            _tokens(hit.record.effect_up or hit.record.logit_up),
+            _tokens(terms.whole(hit.record.effect_up or hit.record.logit_up)),
             f"{hit.record.density:.3%}",
             *([hit.description] if any(h.description for h in hits) else []),
         ]
         for hit in hits
     ]
     head = ["feature", "does", "fires on", "says", "density", *(["described as"] if len(rows[0]) > 5 else [])]
-    show.table(head, rows, right=["density"], title=f"{words}: {atlas.manifest.sae} at {atlas.manifest.site}")
+    show.table(head, rows, right=["density"], title=f"{words}: {atlas.manifest.where}")
 
 
 def _does(hit: Hit) -> str:
