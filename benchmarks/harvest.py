@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 TOKENS = 32_768  # one shard, of which the rate is taken
 STEP = 8_192  # tokens of a shard where time goes with tokens: 1, 2 and 4 of them
 LENGTH = 512
+AT_ONCE = 1024  # tokens encoded at once by the other side: with more its time goes into fresh memory
 RATE = 0.65  # of the rate of passes and encodes alone, at least
 LINEAR = 1.1  # times what four times the tokens would take
 BEYOND = 1500  # MB that a harvest may take beyond the weights
@@ -141,7 +142,8 @@ def alone(lab: Lab, prepared: Prepared) -> int:
             rows = [[*start, *ids.tolist()] for ids in prepared.load(index).ids]
             for group in passes.alike(rows):
                 batch = model.batch([rows[i] for i in group])
-                tokens += len(sae.encode(model.values(batch, [sae.site])[sae.site][batch.content]))
+                values = model.values(batch, [sae.site])[sae.site][batch.content]
+                tokens += sum(len(sae.encode(part)) for part in values.split(AT_ONCE))
     check(tokens == prepared.tokens, "tokens")
     return tokens
 
