@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,11 @@ def run(settings: Settings) -> Iterator[Figure]:
     import torch
 
     torch.set_num_threads(settings.threads)
-    lab = pairs.gpt2(settings)
+    folders = pairs.gpt2_sae_for(settings, list(islice(corpus(), 8)), "gpt2-shape-sae-harvest")
+    lab = pairs.gpt2(settings, folders)
     yield from rates(settings, lab, "GPT-2 shape, float32")
-    model, sae = map(str, pairs.gpt2_folders(settings))
     del lab
-    yield from memory(settings, model, sae, "GPT-2 shape, float32")
+    yield from memory(settings, *map(str, folders), "GPT-2 shape, float32")
     lab = pairs.smollm2(settings, "float32")
     name = f"smollm2, {pairs.smollm2_named(settings)}, float32"
     yield from rates(settings, lab, name)

@@ -45,12 +45,12 @@ def gpt2_folders(settings: Settings) -> tuple[Path, Path]:
     return model, sae
 
 
-def gpt2(settings: Settings) -> Lab:
+def gpt2(settings: Settings, folders: tuple[Path, Path] | None = None) -> Lab:
     """The pair opened, in float32 on the CPU, with its facts in place."""
     import lancet
     from lancet import facts
 
-    model, sae = gpt2_folders(settings)
+    model, sae = folders or gpt2_folders(settings)
     with own_cache(settings):
         lab = lancet.open(str(model), sae=str(sae), device="cpu", dtype="float32", anyway=True)  # random weights
         texts, facts.MEASURED_TEXTS = facts.MEASURED_TEXTS, TEXTS // 4
@@ -94,13 +94,25 @@ def _save_gpt2(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **ends).save_pretrained(folder)
 
 
-def _save_gpt2_sae(model: Path, folder: Path) -> None:
+def _save_gpt2_sae(model: Path, folder: Path, texts: list[str] | None = None) -> None:
     from lancet.loading import open_model
     from lancet.sae import random_sae
     from lancet.site import Site
 
+    opened = open_model(str(model), "cpu", "float32")
+    rows = [opened.tokenize(text, most=512).ids for text in texts or ()]
     sae = random_sae(768, WIDTH, site=Site.parse(SITE), centred=True)
-    save_sae(calibrate(open_model(str(model), "cpu", "float32"), sae), folder)
+    save_sae(calibrate(opened, sae, rows), folder)
+
+
+def gpt2_sae_for(settings: Settings, texts: list[str], name: str) -> tuple[Path, Path]:
+    """The model's folder and that of an SAE of which LIT features fire on a token of these texts, made once: positions
+    are random too, and on long texts the SAE of short ones fires seven times as often."""
+    model, _ = gpt2_folders(settings)
+    folder = settings.work / name
+    if not (folder / "cfg.json").is_file():
+        _save_gpt2_sae(model, folder, texts)
+    return model, folder
 
 
 # ---- the embedded model ------------------------------------------------------------------------------------------
@@ -148,13 +160,13 @@ def smollm2_named(settings: Settings) -> str:
 # ---- SAEs --------------------------------------------------------------------------------------------------------
 
 
-def calibrate(model: Model, sae: Any) -> Any:
-    """Shifts an SAE's biases so that on average LIT features fire on a token of a short text."""
+def calibrate(model: Model, sae: Any, rows: list[list[int]] | None = None) -> Any:
+    """Shifts an SAE's biases so that on average LIT features fire on a token of some rows, or of short texts."""
     import torch
 
     from lancet import facts
 
-    batch = model.batch([model.tokenize(text).ids[:12] for text in facts.neutral_texts(TEXTS)])
+    batch = model.batch(rows or [model.tokenize(text).ids[:12] for text in facts.neutral_texts(TEXTS)])
     x: Tensor = model.values(batch, [sae.site])[sae.site][batch.content].float()
     sae.b_dec = sae.in_basis(x).mean(0)
     sae.W_enc = sae.W_dec.t().clone()
