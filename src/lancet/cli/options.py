@@ -45,7 +45,7 @@ OPTIONS: dict[str, Any] = {
 def opens(command: Callable[..., None]) -> Callable[..., None]:
     """A command with OPTIONS in the place of its parameter `choice`, whose default gives theirs.
 
-    A command whose default opens anything has no `--anyway`.
+    A command whose default opens anything takes `--anyway` without a word about it.
     """
     return _with(command, OPTIONS)
 
@@ -65,7 +65,7 @@ def _with(command: Callable[..., None], options: dict[str, Any]) -> Callable[...
             continue
         for option, annotation in options.items():
             if option == "anyway" and default.anyway:
-                continue
+                annotation = Annotated[bool, typer.Option("--anyway", hidden=True)]
             value = None if option == "sae" else getattr(default, option)
             parameters.append(parameter.replace(name=option, annotation=annotation, default=value))
 
