@@ -141,6 +141,7 @@ USAGE = [
     (["read", "abc", "--device", "gpu"], "use one of auto, cuda, mps, cpu"),
     (["read", "abc", "--dtype", "int4"], "use one of auto, float32"),
     (["read", "abc", "--quantize", "2bit"], "use 8bit or 4bit, or leave it out"),
+    (["read", "abc", "--device-map", "auto"], "--device cpu and a device map both say where the model goes"),
     (["read", "\udcff\udcfe"], "not valid Unicode at character 1"),
     (["steer", "abc", "#3 = 1", "--tokens", "0"], "new tokens must be at least 1, got 0"),
     (["steer", "abc", "#3 = 1", "--tokens", "-5"], "new tokens must be at least 1, got -5"),

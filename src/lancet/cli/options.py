@@ -33,6 +33,10 @@ OPTIONS: dict[str, Any] = {
     "quantize": Annotated[
         str | None, typer.Option(help="8bit or 4bit weights: bitsandbytes on a card, torchao on a processor.")
     ],
+    "device_map": Annotated[
+        str | None,
+        typer.Option(help="Spreads the model over devices: auto, balanced, ... (needs accelerate); without --device."),
+    ],
     "sae_memory": Annotated[
         str,
         typer.Option(
