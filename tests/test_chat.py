@@ -51,7 +51,7 @@ def folders(tiny_gpt2: Callable[..., Model], tmp_path_factory: pytest.TempPathFa
 def lab(folders: tuple[str, str]) -> Lab:
     from lancet.lab import open_lab
 
-    return open_lab(*folders, device="cpu", dtype="float32")
+    return open_lab(*folders, device="cpu", dtype="float32", anyway=True)
 
 
 def talk(lab: Lab, *edits: str, system: str | None = None, plain: bool = False, tokens: int = FEW) -> Talk:
@@ -418,7 +418,7 @@ def _take_terminal() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
 def test_in_a_terminal(folders: tuple[str, str]) -> None:
-    words = ["chat", "--model", folders[0], "--sae", folders[1], "--device", "cpu", "--tokens", "100"]
+    words = ["chat", "--anyway", "--model", folders[0], "--sae", folders[1], "--device", "cpu", "--tokens", "100"]
     window = Terminal(*words, "--edit", "#3 += 1", "--temperature", "1.5")
     window.until("you: ")
     window.type("the cat\n")
@@ -438,9 +438,9 @@ def test_in_a_terminal(folders: tuple[str, str]) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
 def test_json_from_a_terminal_goes_to_a_file_alone(folders: tuple[str, str], tmp_path: Path) -> None:
-    words = ["chat", "--model", folders[0], "--sae", folders[1], "--device", "cpu", "--tokens", "4", "--json"]
+    words = ["chat", "--anyway", "--model", folders[0], "--sae", folders[1], "--device", "cpu", "--tokens", "4"]
     with (tmp_path / "told.json").open("wb") as file:
-        window = Terminal(*words, stdout=file)
+        window = Terminal(*words, "--json", stdout=file)
     window.until("you: ")
     window.type("the cat\n")
     window.until("you: ")

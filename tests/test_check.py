@@ -92,7 +92,7 @@ def bundled(smollm2_f32: Model) -> Sae:
 def test_the_right_pair_passes_on_a_text_of_any_kind(kind: str, smollm2_f32: Model, bundled: Sae) -> None:
     found = check(smollm2_f32, bundled, [KINDS[kind]], quick=True)
     assert not found.poor, str(found)
-    assert "start of text" not in {finding.what for finding in found.findings}  # the glance sufficed
+    assert "cached equals uncached" not in {finding.what for finding in found.findings}  # the glance sufficed
     assert bundled.stated["l0"] == pytest.approx(34.5)
     assert "as its release states" in str(found)
 
@@ -479,7 +479,8 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_quick_form_takes_three_passes_a_text(tiny: Model, passes: list[int], calm: None) -> None:
     found = check(tiny, identity(Site(2)), quick=True)
     assert not found.poor
-    assert len(passes) <= 3 * check_module.QUICK_TEXTS + 1  # one to see what a block returns
+    starts = len([name for name in found.figures if name.startswith("loss, start")])
+    assert starts >= 2 and len(passes) <= 3 * check_module.QUICK_TEXTS + starts + 1  # one to see what a block returns
     blocks = [name for name in found.figures if name.startswith("explained, at")]
     assert blocks == ["explained, at blocks.1.hook_resid_pre", "explained, at blocks.3.hook_resid_pre"]
 
@@ -511,6 +512,11 @@ def test_the_first_test_is_kept_for_its_pair(
         passes.clear()
         first(tiny, other)
         assert passes
+    passes.clear()
+    other = changed(tiny, name="elsewhere")  # the same weights under other names are the same pair
+    moved = first(other, changed(sae, name="moved"), said.append)
+    assert not passes and moved.findings == found.findings
+    assert moved.pair == "moved at blocks.2.hook_resid_pre of elsewhere"
     for file in (tmp_path / "cache" / "checks").iterdir():
         file.write_text("{", encoding="utf-8")
     passes.clear()
@@ -539,8 +545,51 @@ def test_opening_tests_a_pair_unless_told_not_to(tiny: Model, tmp_path: Path, mo
             lancet.open(tiny.name, **settings)
     monkeypatch.setattr(check_module, "check", None)  # would fail
     assert lancet.open(tiny.name, **settings, anyway=True).saes
-    Facts(torch.ones(96), torch.zeros(96), 10.0, 1000).save(folder / "facts.safetensors")
-    assert lancet.open(tiny.name, **settings).saes
+
+
+def components(model: Model, site: Site, count: int) -> Sae:
+    """Rebuilds a model's values at a site from their largest principal components, as a trained SAE does its own."""
+    values = []
+    for text in kinds_of_text():
+        batch = model.batch([model.tokenize(text, most=128)])
+        values.append(model.values(batch, [site])[site][batch.content])
+    x = torch.cat(values)
+    rows = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:count]
+    both = torch.cat([rows, -rows])
+    return Sae("made", site, "standard", both.T.contiguous(), both, b_dec=x.mean(0), b_enc=torch.zeros(len(both)))
+
+
+def test_an_sae_that_was_copied_with_its_facts_is_tested_on_the_model_that_is_open(
+    tiny: Model, tiny_gpt2: Callable[..., Model], passes: list[int], calm: None, tmp_path: Path
+) -> None:
+    made = components(tiny, Site(2), 12)
+    folder = save_sae(tmp_path / "made", made, metadata={"hook_name": str(Site(2))})
+    Facts(torch.ones(24), torch.zeros(24), 10.0, 1000).save(folder / "facts.safetensors")
+    settings: dict[str, Any] = {"sae": str(folder), "device": "cpu", "dtype": "float32", "basis": "plain"}
+    passes.clear()
+    assert lancet.open(tiny.name, **settings).facts().tokens == 1000
+    assert passes
+    passes.clear()
+    lancet.open(tiny.name, **settings)
+    assert not passes  # it was kept
+    with pytest.raises(MismatchError, match=r"it explains no place of this model.*--anyway \(anyway=True\)"):
+        lancet.open(tiny_gpt2(seed=11).name, **settings)
+    assert lancet.open(tiny_gpt2(seed=11).name, **settings, anyway=True).saes
+
+
+def test_a_model_that_differs_behind_the_sae_is_another_one(
+    tiny: Model, passes: list[int], calm: None, tmp_path: Path
+) -> None:
+    """The loss with the SAE spliced in goes through all blocks."""
+    sae = identity(Site(1))
+    first(tiny, sae)
+    other = changed(tiny, hf=copy.deepcopy(tiny.hf))
+    other = Model(tiny.name, other.hf, tiny.tokenizer, tiny.start_plain, tiny.start_chat)
+    with torch.no_grad():
+        other.hf.transformer.h[3].mlp.c_proj.weight.mul_(0.5)
+    passes.clear()
+    first(other, sae)
+    assert passes
 
 
 def test_texts_that_are_too_short(tiny: Model) -> None:
@@ -600,6 +649,12 @@ def test_a_fine_pair_is_code_0(
     assert lines[2] == "\ttested\tgot\twanted"
     assert lines[-1] == "the pair belongs together"
     assert all(line.startswith("fine\t") for line in lines[3:-1]) and len(lines) == 11
+
+
+def test_anyway_says_nothing_new_to_check(where: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [command(capsys, monkeypatch, "check", *where, *more, "--json") for more in ([], ["--anyway"])]
+    assert told[0][:2] == told[1][:2] and told[1][0] == 1
+    assert "--anyway" not in command(capsys, monkeypatch, "check", "--help")[1]
 
 
 @pytest.mark.parametrize("what", ["none", "empty", "bytes"])

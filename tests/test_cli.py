@@ -70,7 +70,7 @@ def run(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[.
         filled = [w for i in range(0, 8, 2) if where[i] not in known for w in where[i : i + 2]]
         shown, err = (io.TextIOWrapper(io.BytesIO(), encoding=e) for e in (encoding, "utf-8"))
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["lancet", *words, *([] if bare else filled)])
+            patch.setattr(sys, "argv", ["lancet", *words, *([] if bare else [*filled, "--anyway"])])
             patch.setattr(sys, "stdout", out or shown)
             patch.setattr(sys, "stderr", err)
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding=encoding))
@@ -141,6 +141,7 @@ USAGE = [
     (["read", "abc", "--device", "gpu"], "use one of auto, cuda, mps, cpu"),
     (["read", "abc", "--dtype", "int4"], "use one of auto, float32"),
     (["read", "abc", "--quantize", "2bit"], "use 8bit or 4bit, or leave it out"),
+    (["read", "abc", "--device-map", "auto"], "--device cpu and a device map both say where the model goes"),
     (["read", "\udcff\udcfe"], "not valid Unicode at character 1"),
     (["steer", "abc", "#3 = 1", "--tokens", "0"], "new tokens must be at least 1, got 0"),
     (["steer", "abc", "#3 = 1", "--tokens", "-5"], "new tokens must be at least 1, got -5"),
@@ -443,7 +444,7 @@ def test_consoles_that_lack_characters(encoding: str, run: Callable[..., Done]) 
 
 
 def test_a_real_process_on_such_a_console(folders: tuple[str, str]) -> None:
-    words = ["read", CHINESE, "--model", folders[0], "--sae", folders[1], "--device", "cpu", "--dtype", "float32"]
+    words = ["read", CHINESE, "--anyway", "--model", folders[0], "--sae", folders[1], "--device", "cpu"]
     env = os.environ | {"PYTHONIOENCODING": "gbk"}
     done = subprocess.run([sys.executable, "-c", ENTRY, *words], capture_output=True, env=env, check=False)
     assert done.returncode == 0
@@ -532,6 +533,7 @@ def test_ctrl_c_while_writing(folders: tuple[str, str]) -> None:
         folders[1],
         "--device",
         "cpu",
+        "--anyway",
     ]
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED + ENTRY, *words, "--temperature", "0", "--repetition-penalty", "1"],
@@ -555,7 +557,7 @@ def test_ctrl_c_while_writing(folders: tuple[str, str]) -> None:
 
 
 def test_a_reader_that_goes_away(folders: tuple[str, str]) -> None:
-    words = ["read", "The cat " * 100, "--model", folders[0], "--sae", folders[1], "--device", "cpu"]
+    words = ["read", "The cat " * 100, "--anyway", "--model", folders[0], "--sae", folders[1], "--device", "cpu"]
     process = subprocess.Popen([sys.executable, "-c", ENTRY, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

@@ -45,7 +45,7 @@ def test_harvest_then_card_then_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LANCET_DATA", str(tmp_path / "data"))
-    words = ["harvest", str(corpus), "--field", "body", "--tokens", "0.2k", "--length", "32", "--anyway"]
+    words = ["harvest", str(corpus), "--field", "body", "--tokens", "0.2k", "--length", "32"]
     done = run(*words, "--json")
     assert done.code == 0, done.err
     told = done.json
@@ -73,7 +73,7 @@ def test_harvest_then_card_then_search(
 
 
 def test_harvest_tells_what_it_left_out(run: Callable[..., Done], corpus: Path, tmp_path: Path) -> None:
-    done = run("harvest", str(corpus), "--field", "body", "--out", str(tmp_path / "a"), "--no-lenses", "--anyway")
+    done = run("harvest", str(corpus), "--field", "body", "--out", str(tmp_path / "a"), "--no-lenses")
     assert done.code == 0 and done.out == f"wrote {tmp_path / 'a'}\n"
     assert "of 8 documents in" in done.err and "1 repeats and 1 bad lines left out" in done.err
     assert "1 line left out, first line 9 (not JSON)" in done.err
@@ -97,13 +97,13 @@ def test_harvest_tells_what_it_left_out(run: Callable[..., Done], corpus: Path, 
     ],
 )
 def test_mistakes(words: list[str], said: str, run: Callable[..., Done], corpus: Path, tmp_path: Path) -> None:
-    done = run(*(word.format(corpus=corpus, tmp=tmp_path) for word in words), "--anyway")
+    done = run(*(word.format(corpus=corpus, tmp=tmp_path) for word in words))
     assert done.code == 2, done.err
     assert said in done.err.splitlines()[-1] and done.out == ""
 
 
 def test_encode(run: Callable[..., Done], corpus: Path, tmp_path: Path) -> None:
-    words = ["encode", str(corpus), "--field", "body", "--anyway"]
+    words = ["encode", str(corpus), "--field", "body"]
     done = run(*words, "--out", str(tmp_path / "a.parquet"), "--tokens", "100", "--json")
     assert done.code == 0, done.err
     assert keys(done.json) <= documented("lancet encode CORPUS... --json")

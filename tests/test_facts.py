@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lancet import facts, loading, precision, processor
+from lancet import facts, fingerprint, loading, precision, processor
 from lancet.errors import MismatchError
 from lancet.lab import Lab
 from lancet.model import Model
@@ -93,17 +93,17 @@ def test_texts_longer_than_the_context_are_cut(model: Model) -> None:
 def test_another_saes_facts_are_not_taken(model: Model, part: str) -> None:
     sae = sae_of(model, Site(2))
     other = sae_of(model, Site(2), **{part: getattr(sae, part) + 0.25})
-    assert facts.fingerprint(model, sae) != facts.fingerprint(model, other)
-    assert facts.fingerprint(model, sae) == facts.fingerprint(model, sae_of(model, Site(2)))
+    assert fingerprint.of_pair(model, sae) != fingerprint.of_pair(model, other)
+    assert fingerprint.of_pair(model, sae) == fingerprint.of_pair(model, sae_of(model, Site(2)))
 
 
 def test_another_models_facts_are_not_taken(model: Model) -> None:
     sae = sae_of(model, Site(2))
-    before = facts.fingerprint(model, sae)
+    before = fingerprint.of_pair(model, sae)
     with torch.no_grad():
         for parameter in model.arch.decoder_layers[1].parameters():
             parameter.add_(0.1)
-    assert facts.fingerprint(model, sae) != before
+    assert fingerprint.of_pair(model, sae) != before
 
 
 def test_facts_of_another_width_are_refused(model: Model, tmp_path: Path) -> None:

@@ -694,7 +694,7 @@ def command(
     with_facts(Lab(model, [sae]), own_cache / "sae" / "facts.safetensors", [5.0] * 96, 20.0)
 
     def call(*words: str) -> tuple[int, str, str]:
-        where = ["--model", model.name, "--sae", folder, "--device", "cpu", "--dtype", "float32"]
+        where = ["--model", model.name, "--sae", folder, "--device", "cpu", "--dtype", "float32", "--anyway"]
         monkeypatch.setattr("sys.argv", ["lancet", "find", *words, *where])
         show.console.cache_clear()
         show.notes.cache_clear()

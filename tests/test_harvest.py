@@ -18,10 +18,9 @@ import pytest
 import torch
 from killing import KillsAtStep, exit_code
 
-from lancet import files
+from lancet import files, fingerprint
 from lancet.atlas import finish, place, shards
 from lancet.atlas import harvest as module
-from lancet.atlas import plan as plans
 from lancet.atlas.harvest import harvest
 from lancet.errors import LancetError, MismatchError, UsageError
 from lancet.facts import Facts
@@ -227,7 +226,7 @@ def test_facts_are_of_the_corpus(model: Model, plain: Path, monkeypatch: pytest.
     other = lab_of(model)
     monkeypatch.setattr(other.model, "name", "another")
     assert torch.equal(other.facts().maximum, facts.maximum)  # the very weights, under another name
-    monkeypatch.setattr(plans, "fingerprint", lambda model: "other weights")
+    monkeypatch.setattr(fingerprint, "of_model", lambda model: "other weights")
     other = lab_of(model)
     other._own_facts.clear()
     assert other.facts().tokens != facts.tokens

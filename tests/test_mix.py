@@ -267,7 +267,7 @@ def test_the_command(
 ) -> None:
     folder = save_sae(tmp_path / "sae", lab.sae())
     (folder / "facts.safetensors").write_bytes((tmp_path / "facts.safetensors").read_bytes())
-    where = ["--model", lab.model.name, "--sae", str(folder), "--device", "cpu", "--dtype", "float32"]
+    where = ["--model", lab.model.name, "--sae", str(folder), "--device", "cpu", "--dtype", "float32", "--anyway"]
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lancet", *words, *where])

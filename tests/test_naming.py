@@ -351,7 +351,7 @@ def run(
     Facts(torch.full((64,), 5.0), torch.zeros(64), 10.0, 1000, concepts=CONCEPTS).save(folder / "facts.safetensors")
 
     def call(*words: str) -> tuple[int, str, str]:
-        where = ["--model", model.name, "--sae", str(folder), "--device", "cpu", "--dtype", "float32"]
+        where = ["--model", model.name, "--sae", str(folder), "--device", "cpu", "--dtype", "float32", "--anyway"]
         monkeypatch.setattr(sys, "argv", ["lancet", *words, *where])
         show.console.cache_clear()
         show.notes.cache_clear()

@@ -75,6 +75,29 @@ def test_the_basis_that_explains_clearly_more_is_taken_and_kept(
     assert len(list((tmp_path / "cache" / "basis").iterdir())) == 1
 
 
+def test_the_basis_is_kept_for_its_model(
+    model: Model, tiny_gpt2: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model of the same width is measured anew; the same weights in another folder are not."""
+    folder = save(tmp_path / "sae", centred_sae())
+    measured: list[str] = []
+    measure = pairing._measured
+
+    def counted(model: Model, *more: Any) -> Any:
+        measured.append(model.name)
+        return measure(model, *more)
+
+    monkeypatch.setattr(pairing, "_measured", counted)
+    open_sae(model, folder)
+    open_sae(named(model, "elsewhere"), folder)
+    assert measured == [model.name]
+    other = tiny_gpt2(seed=6)
+    with torch.no_grad():
+        other.hf.transformer.wte.weight.add_(3.0)
+    open_sae(other, folder)
+    assert measured == [model.name, other.name]
+
+
 def test_no_clear_winner_asks(model: Model, tmp_path: Path) -> None:
     folder = save(tmp_path / "sae", random_sae(64, 256, site=SITE))
     with pytest.raises(

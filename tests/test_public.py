@@ -20,6 +20,7 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
     {"names", "catalogue", "hub", "convert", "published", "machine"},
     {"pairing", "settings", "keeping", "hooks", "norms", "anatomy", "tokens", "basis", "hooked", "friends", "precision"}
     | {
+        "fingerprint",
         "site",
         "bench",
         "scoring",

@@ -14,7 +14,7 @@ import torch
 from fixtures_edits import random_lab, with_facts
 from torch import Tensor
 
-from lancet import facts
+from lancet import facts, fingerprint
 from lancet.errors import UsageError
 from lancet.facts import Facts
 from lancet.lab import Lab
@@ -332,4 +332,4 @@ def test_facts_are_measured_once(labs: Callable[[str], Lab], tmp_path: Path, mon
     assert torch.equal(random_lab(model, d_sae=32).facts().maximum, first.facts().maximum)
     monkeypatch.undo()
     other = random_lab(model, d_sae=32, seed=1)
-    assert facts.fingerprint(model, other.saes[0]) != facts.fingerprint(model, first.saes[0])
+    assert fingerprint.of_pair(model, other.saes[0]) != fingerprint.of_pair(model, first.saes[0])

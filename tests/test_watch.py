@@ -253,7 +253,7 @@ def test_the_command(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (tmp_path / f"{name}.txt").write_text("\n".join(lines), encoding="utf-8")
 
     def run(*words: str) -> tuple[int, str, str]:
-        where = ["--model", lab.model.name, "--sae", str(folder), "--device", "cpu", "--dtype", "float32"]
+        where = ["--model", lab.model.name, "--sae", str(folder), "--device", "cpu", "--dtype", "float32", "--anyway"]
         monkeypatch.setattr(sys, "argv", ["lancet", "watch", *words, *where])
         show.console.cache_clear()
         show.notes.cache_clear()

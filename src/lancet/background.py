@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lancet import passes
+from lancet import fingerprint, passes
 from lancet.errors import DamagedError, LancetError
 from lancet.files import cache_dir, check_safetensors, whole_file
 from lancet.tails import Sorted
@@ -214,9 +214,7 @@ def measure(model: Model, sae: Sae, texts: Sequence[str], say: Callable[[str], N
 
 def place(model: Model, sae: Sae) -> Path:
     """Where the background of a pair is kept."""
-    from lancet.facts import fingerprint
-
-    return cache_dir() / "background" / f"{fingerprint(model, sae)}.safetensors"
+    return cache_dir() / "background" / f"{fingerprint.of_pair(model, sae)}.safetensors"
 
 
 def of(model: Model, sae: Sae, say: Callable[[str], None] = lambda line: None) -> Background:

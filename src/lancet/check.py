@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from lancet import feeding, splice
+from lancet import feeding, fingerprint, splice
 from lancet.checkup import Checkup, Finding
 from lancet.errors import MismatchError, UsageError
 from lancet.site import Site
@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkup", "Finding", "check", "first", "kinds_of_text"]
 
-LAYOUT = 1  # of what is kept; another one when tests or bars change
+LAYOUT = 2  # of what is kept; another one when tests or bars change
 TOKENS = 128  # of each text
 QUICK_TEXTS = 4
+QUICK_STARTS = 2  # texts: a second of one processor core on smollm2, and the right start is 0.2 nats ahead there
 CROWDED = 16  # where more than one feature in so many lights, the dense product is the faster one
 WORK = 3e11  # multiplications that comparing places may take: a few seconds of a laptop
 LEAST_TOKENS = 64  # of a quick test, however large the SAE
@@ -45,8 +46,8 @@ def check(model: Model, sae: Sae, texts: Sequence[str] | None = None, quick: boo
 
     Args:
         texts: what to measure on; ten bundled texts of different kinds where none are given.
-        quick: on four texts, beside the neighbouring blocks alone, without what is a fact of the model alone (start of
-            text, cache): three passes a text. What looks poor then is tested in full.
+        quick: on four texts, beside the neighbouring blocks alone, with the start of two texts and without the cache:
+            three passes a text, and one for each start. What looks poor then is tested in full.
 
     Raises:
         UsageError: no text has three tokens, the start token counted.
@@ -62,21 +63,22 @@ def check(model: Model, sae: Sae, texts: Sequence[str] | None = None, quick: boo
 
 
 def first(model: Model, sae: Sae, say: Callable[[str], None] = lambda line: None) -> Checkup:
-    """The quick test at the first opening of a pair; what it found is kept, by what it depends on.
+    """The quick test at the first opening of a pair; what it found is kept, by what it depends on: the model's weights
+    (all of them: the SAE's values go through the blocks behind it too), the SAE's, and what its release states.
 
     Args:
         say: told where it must be run.
     """
-    from lancet.facts import fingerprint
     from lancet.files import cache_dir, kept_json
 
     def run() -> dict[str, object]:
         say(f"testing whether {sae.name} belongs to {model.name} (once)")
         return check(model, sae, quick=True).to_json()
 
-    told = f"{LAYOUT} {sae.name} {model.name} {sae.centred_out} {sorted(sae.stated.items())}"
-    key = f"{fingerprint(model, sae)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-    return Checkup.from_json(kept_json(cache_dir() / "checks" / f"{key}.json", run))
+    told = f"{LAYOUT} {fingerprint.of_model(model)} {sae.centred_out} {sorted(sae.stated.items())}"
+    key = f"{fingerprint.of_pair(model, sae)}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    found = Checkup.from_json(kept_json(cache_dir() / "checks" / f"{key}.json", run))
+    return replace(found, pair=_named(model, sae))  # the same weights may bear other names by now
 
 
 def kinds_of_text() -> list[str]:
@@ -120,13 +122,18 @@ def _run(model: Model, sae: Sae, rows: Sequence[list[int]], quick: bool) -> Chec
     measured = _measured(model, sae, rows, {**bases, **blocks})
     figures: dict[str, float] = {}
     findings = [*_predicts(model, measured, figures)]
+    kinds = _rows(model, kinds_of_text())
+    findings += [*feeding.start(model, kinds[:QUICK_STARTS] if quick else kinds, figures)]
     if not quick:
-        findings += [*feeding.start(model, _rows(model, kinds_of_text()), figures)]
         findings += [*feeding.cached(model, rows, figures)]
     findings += _explains(sae, measured, bases, blocks, figures, WRONG_BASIS if possible else 1.0)
     findings += [*_spliced(measured, figures), *_stated(sae, measured, figures)]
+    return Checkup(_named(model, sae), figures, tuple(findings))
+
+
+def _named(model: Model, sae: Sae) -> str:
     where = "" if sae.name == str(sae.site) else f" at {sae.site}"
-    return Checkup(f"{sae.name}{where} of {model.name}", figures, tuple(findings))
+    return f"{sae.name}{where} of {model.name}"
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Shipped with the bundled SAEs; for any other they are measured once on a bundled
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lancet import passes
+from lancet import fingerprint, passes
 from lancet.bench import neutral_texts
 from lancet.errors import DamagedError, LancetError, MismatchError
 from lancet.files import cache_dir, check_safetensors, whole_file
@@ -198,7 +197,7 @@ def of(model: Model, sae: Sae, shipped: Path | None = None, say: Say = lambda li
                 f"delete it, and facts are measured anew"
             )
         return facts
-    path = cache_dir() / "facts" / f"{fingerprint(model, sae)}.safetensors"
+    path = cache_dir() / "facts" / f"{fingerprint.of_pair(model, sae)}.safetensors"
     if path.is_file():
         try:
             return Facts.load(path)
@@ -212,17 +211,3 @@ def of(model: Model, sae: Sae, shipped: Path | None = None, say: Say = lambda li
         facts.save(path)
         return Facts.load(path)
     return facts
-
-
-def fingerprint(model: Model, sae: Sae) -> str:
-    """Of the weights that the facts depend on, by samples of them: cheap, and another pair differs everywhere."""
-    told = (sae.site, sae.writes, sae.architecture, sae.normalize, sae.scalar, sae.centred, sae.k)
-    told += (sae.apply_b_dec_to_input, sae.pursuit, sae.temporal and (sae.temporal.heads, sae.temporal.k))
-    digest = hashlib.sha256(f"{told} {sae.rescale_by_decoder_norm} {model.dtype} {model.start_plain}".encode())
-    own = [value for _, value in sorted(sae.tensors())]
-    for count, tensors in ((4096, own), (64, model.parameters_below(sae.writes))):
-        for tensor in tensors:
-            flat = tensor.detach().flatten()
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(flat[:: max(1, len(flat) // count)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:24]

@@ -82,6 +82,9 @@ class Feature:
 class Lab:
     """A model and one or more SAEs of it.
 
+    That they belong together is the caller's word: nothing is tested here. `open_lab` tests what it opens by name or
+    from a folder, and `lancet.check.check` tests any pair.
+
     Args:
         model: an opened Model, or what you hold already: a transformers model (with its tokenizer as a pair), a
             HookedTransformer or a TransformerBridge. It is used as it is; nothing is copied.
@@ -716,7 +719,9 @@ def open_lab(
     quantize: str | None = None,
     device_map: str | dict[str, Any] | None = None,
 ) -> Lab:
-    """Opens a model and its SAEs.
+    """Opens a model and its SAEs, and refuses a pair that does not belong together.
+
+    Each pair is tested once, at its first opening (`check.first`); those that ship with the package were tested before.
 
     Args:
         model: a name (`smollm2`, `gpt2-small`), owner/name on the hub, or a folder in transformers' layout.
@@ -735,7 +740,7 @@ def open_lab(
     Raises:
         UnknownName, MissingError, MismatchError, DamagedError: see `lancet.errors`.
     """
-    from lancet.loading import open_model, open_sae
+    from lancet.loading import bundled, open_model, open_sae
     from lancet.units import size
 
     left = size(sae_memory)
@@ -749,8 +754,9 @@ def open_lab(
     if not anyway:
         from lancet import check
 
+        ours = bundled(opened.name).values()
         for chosen, facts in pairs:
-            if facts is None:  # those that ship with facts were tested with them
+            if facts is None or facts.parent not in ours:  # facts may have been copied with the folder
                 check.first(opened, chosen, say).refuse()
     lab = Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs}, say=say)
     how = {"device": device, "dtype": dtype, "basis": basis, "sae_memory": sae_memory, "quantize": quantize}

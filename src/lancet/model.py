@@ -142,12 +142,12 @@ class Model(Texts):
         return self.anatomy.value_bias(layer, norm_bias)
 
     def parameters_below(self, site: Site) -> list[Tensor]:
-        """The plain weights that the value at a site depends on: embeddings and blocks."""
-        import torch
+        """The plain weights that the value at a site depends on: embeddings and blocks; what packed ones consist of."""
+        from lancet.precision import plain_parts
 
         blocks = self.arch.decoder_layers[: site.depth]
         weights = [*self.hf.get_input_embeddings().parameters(), *(p for block in blocks for p in block.parameters())]
-        return [p.data for p in weights if type(p.data) is torch.Tensor and not p.is_meta]  # not packed, not elsewhere
+        return [part for p in weights if not p.is_meta for part in plain_parts(p)]  # meta: a device map put it on disk
 
     # ---- tokens to logits --------------------------------------------------------------------------------------
 

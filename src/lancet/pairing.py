@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lancet import catalogue, hub, names, published
+from lancet import catalogue, fingerprint, hub, names, published
 from lancet.catalogue import Entry
 from lancet.errors import MismatchError, UsageError
 from lancet.files import cache_dir, kept_json, sha256
@@ -179,9 +179,7 @@ def alike(one: Sae, other: Sae) -> bool:
 
 
 def _winner(model: Model, sae: Sae, tried: Mapping[str, Sae]) -> str:
-    from lancet.facts import fingerprint
-
-    place = cache_dir() / "basis" / f"{fingerprint(model, sae)}.json"
+    place = cache_dir() / "basis" / f"{fingerprint.of_pair(model, sae)}.json"
     found: dict[str, Any] = kept_json(place, lambda: _measured(model, tried))
     if found["winner"] is None:
         shares = ", ".join(f"{name} {1 - left:.3f}" for name, left in found["unexplained"].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BITS: tuple[Quantize, ...] = ("8bit", "4bit")
 GROUP = 32  # weights that share a scale in 4 bits on a processor; the smallest that torchao knows, and the most exact
-FOUR_BITS = "torchao>=0.15,<0.17"  # later ones pack 4 bits for cards alone
+TORCHAO = "torchao>=0.16,<0.17"  # the tested one: 8 bits of 0.15 give products four times as far off
 SHRINKS_TO = 0.8  # of the plain size; less of a saving means that the library found nothing to quantise
 
 
@@ -58,14 +59,16 @@ class Precision:
 
 def held_bytes(hf: Any) -> int:
     """What a model's weights really take: transformers counts torchao's packed ones at their plain size."""
-    return sum(_bytes(tensor) for tensor in (*hf.parameters(), *hf.buffers()))
+    weights = (*hf.parameters(), *hf.buffers())
+    return sum(part.numel() * part.element_size() for weight in weights for part in plain_parts(weight))
 
 
-def _bytes(tensor: Any) -> int:
-    tensor = getattr(tensor, "data", tensor)
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()
+def plain_parts(weight: Any) -> list[torch.Tensor]:
+    """The plain tensors that a weight consists of: itself, or what torchao packs it into (numbers, scales)."""
+    weight = getattr(weight, "data", weight)
+    if hasattr(weight, "__tensor_flatten__"):
+        return [part for name in weight.__tensor_flatten__()[0] for part in plain_parts(getattr(weight, name))]
+    return [weight]
 
 
 def choose(
@@ -116,8 +119,8 @@ def choose(
 def _quantization(quantize: Quantize, kind: str, dtype: torch.dtype) -> Any:
     """transformers' own settings object."""
     if kind == "cuda":
-        _need("bitsandbytes", f"{quantize} weights on CUDA", "bitsandbytes>=0.46.1")
-        _need("accelerate", f"{quantize} weights on CUDA")
+        _need("bitsandbytes", f"--quantize {quantize} on CUDA", "bitsandbytes>=0.46.1")
+        _need("accelerate", f"--quantize {quantize} on CUDA")
         from transformers import BitsAndBytesConfig
 
         if quantize == "8bit":
@@ -129,29 +132,38 @@ def _quantization(quantize: Quantize, kind: str, dtype: torch.dtype) -> Any:
             bnb_4bit_use_double_quant=True,
         )
     if kind == "cpu":
-        _need("torchao", f"{quantize} weights on the CPU", FOUR_BITS)
+        _need("torchao", f"--quantize {quantize} on the CPU (bitsandbytes needs a card)", TORCHAO)
+        if tuple(map(int, metadata.version("torchao").split(".")[:2])) < (0, 16):
+            raise MissingError(
+                f"torchao {metadata.version('torchao')} is too old for --quantize {quantize} on the CPU; install a "
+                f"newer one with: pip install '{TORCHAO}'"
+            )
         from transformers import TorchAoConfig
 
         if quantize == "8bit":
             from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found]
 
-            return TorchAoConfig(Int8WeightOnlyConfig())
+            return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False, version=2))
         return TorchAoConfig(_four_bits_on_a_processor())
     raise UsageError(f"no library quantises on {kind}; use --device cpu or cuda, or leave --quantize out")
 
 
 def _four_bits_on_a_processor() -> Any:
-    from importlib import metadata
+    """The packing that processors multiply, which torchao calls opaque.
 
-    from torchao.quantization import Int4WeightOnlyConfig  # type: ignore[import-not-found]
-    from torchao.quantization.quantize_.workflows import Int4PackingFormat  # type: ignore[import-not-found]
-
-    if "opaque" not in {str(each.value) for each in Int4PackingFormat}:  # the packing that processors multiply
+    torchao's "inductor config" is left alone everywhere: it changes torch's settings for the whole process, the
+    precision of float32 products on a card among them.
+    """
+    try:
+        from torchao.prototype.int4_opaque_tensor import (  # type: ignore[import-not-found]
+            Int4WeightOnlyOpaqueTensorConfig,
+        )
+    except ImportError as error:
         raise MissingError(
             f"torchao {metadata.version('torchao')} packs 4bit weights for cards alone; on the CPU take 8bit, or "
-            f"pip install '{FOUR_BITS}'"
-        )
-    return Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="opaque")
+            f"pip install '{TORCHAO}'"
+        ) from error
+    return Int4WeightOnlyOpaqueTensorConfig(group_size=GROUP, set_inductor_config=False)
 
 
 def _need(package: str, what: str, requirement: str = "") -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lancet import facts
+from lancet import fingerprint
 from lancet.atlas import plan as plans
 from lancet.atlas import rows
 from lancet.atlas.corpus import Bad, documents, sources
@@ -96,8 +96,8 @@ def encode(
     _refuse_there(file)
     told = {
         "lancet_encode": VERSION,
-        "model": {"name": lab.model.name, "fingerprint": plans.fingerprint(lab.model)},
-        "sae": {"name": chosen.name, "site": str(chosen.site), "fingerprint": facts.fingerprint(lab.model, chosen)},
+        "model": {"name": lab.model.name, "fingerprint": fingerprint.of_model(lab.model)},
+        "sae": {"name": chosen.name, "site": str(chosen.site), "fingerprint": fingerprint.of_pair(lab.model, chosen)},
         "corpus": [source.identity() for source in found],
         "field": column,
         "length": length,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lancet import facts as facts_module
-from lancet import namefile
+from lancet import fingerprint, namefile
 from lancet.atlas import shards
 from lancet.atlas.manifest import NAME
 from lancet.atlas.place import slug
 from lancet.errors import LancetError, MismatchError, UsageError
 from lancet.files import read_json, write_json
-from lancet.site import Site
 
 if TYPE_CHECKING:
     from lancet.atlas.corpus import Source
@@ -81,13 +78,13 @@ def make(
             "site": str(sae.site),
             "d_sae": sae.d_sae,
             "key": namefile.key(sae),
-            "fingerprint": facts_module.fingerprint(lab.model, sae),
+            "fingerprint": fingerprint.of_pair(lab.model, sae),
             "octave": octave(float(lab.facts(sae, harvested=False).maximum.abs().max())),
         }
         for sae in saes
     ]
     corpus = [source.identity() for source in found]
-    model = {"name": lab.model.name, "fingerprint": fingerprint(lab.model)}
+    model = {"name": lab.model.name, "fingerprint": fingerprint.of_model(lab.model)}
     return Plan(model, told, corpus, field, length, tokens, shards.SHARD)
 
 
@@ -113,16 +110,6 @@ def check_tokens(tokens: int | None) -> None:
 def octave(maximum: float) -> int:
     """The logarithm to base 2 of the histogram's scale: the power of two that is at least ROOM times the maximum."""
     return math.ceil(math.log2(ROOM * maximum)) if maximum > 0 else 0
-
-
-def fingerprint(model: Model) -> str:
-    """Of a model's weights, by samples of them, its dtype and its start token."""
-    digest = hashlib.sha256(f"{model.dtype} {model.start_plain}".encode())
-    for tensor in model.parameters_below(Site(model.n_layers - 1, "resid_post")):
-        flat = tensor.detach().flatten()
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:24]
 
 
 def begin(now: dict[str, Any], work: Path, what: str = "harvest") -> None:

@@ -70,13 +70,17 @@ def facts(model: Model, sae: Sae, shipped: Path | None = None) -> Path | None:
     Raises:
         DamagedError: the atlas cannot be read.
     """
-    from lancet.atlas.plan import fingerprint
+    from lancet import fingerprint
 
     found = of(sae, shipped)
     if found is None or not (found.folder / FACTS).is_file():
         return None
     told = found.manifest.told["model"]
-    return found.folder / FACTS if model.name == told["name"] or fingerprint(model) == told["fingerprint"] else None
+    return (
+        found.folder / FACTS
+        if model.name == told["name"] or fingerprint.of_model(model) == told["fingerprint"]
+        else None
+    )
 
 
 def _fits(atlas: Atlas, folder: Path | None) -> bool:

@@ -27,6 +27,7 @@ class Choice:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str | None = None
+    device_map: str | None = None
     sae_memory: str = "auto"
 
     def named(self) -> Choice:
@@ -57,4 +58,5 @@ class Choice:
                 full.anyway,
                 full.sae_memory,
                 full.quantize,
+                full.device_map,
             )

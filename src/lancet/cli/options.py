@@ -33,6 +33,10 @@ OPTIONS: dict[str, Any] = {
     "quantize": Annotated[
         str | None, typer.Option(help="8bit or 4bit weights: bitsandbytes on a card, torchao on a processor.")
     ],
+    "device_map": Annotated[
+        str | None,
+        typer.Option(help="Spreads the model over devices: auto, balanced, ... (needs accelerate); without --device."),
+    ],
     "sae_memory": Annotated[
         str,
         typer.Option(
@@ -45,7 +49,7 @@ OPTIONS: dict[str, Any] = {
 def opens(command: Callable[..., None]) -> Callable[..., None]:
     """A command with OPTIONS in the place of its parameter `choice`, whose default gives theirs.
 
-    A command whose default opens anything has no `--anyway`.
+    A command whose default opens anything takes `--anyway` without a word about it.
     """
     return _with(command, OPTIONS)
 
@@ -65,7 +69,7 @@ def _with(command: Callable[..., None], options: dict[str, Any]) -> Callable[...
             continue
         for option, annotation in options.items():
             if option == "anyway" and default.anyway:
-                continue
+                annotation = Annotated[bool, typer.Option("--anyway", hidden=True)]
             value = None if option == "sae" else getattr(default, option)
             parameters.append(parameter.replace(name=option, annotation=annotation, default=value))
 
