@@ -456,7 +456,8 @@ class Lab:
 
         names = [sae.name for sae in self.saes]
         named = {sae.name if names.count(sae.name) == 1 else str(sae.site): sae for sae in self.saes}
-        return evaluate(self.model, named, text, **{"say": self.say} | how)
+        how.setdefault("say", self.say)
+        return evaluate(self.model, named, text, **how)
 
     def steps(self, edits: Edits, prompt: Tokens, length: int) -> list[Step]:
         """Edits made ready for one prompt: targets found, amounts raw, spans as masks over `length` positions.

@@ -67,7 +67,9 @@ def front(found: Evaluation, path: Path) -> Path:
 def _folded(name: str) -> str:
     """A name in two lines where one is too short for it."""
     name = _shortened(name, 2 * WIDE)
-    return "\n".join(_plain(part) for part in (name[:WIDE], name[WIDE:]) if part)
+    at = name.rfind("/", max(0, len(name) - WIDE - 1), WIDE) + 1 or WIDE  # before a part of it, where both lines allow
+    parts = (name[:at], name[at:]) if len(name) > WIDE else (name,)
+    return "\n".join(_plain(part) for part in parts)
 
 
 def _shortened(name: str, most: int) -> str:

@@ -52,5 +52,5 @@ def similarity(sae: Sae) -> Similarity:
                 cosines[itself.nonzero()[:, 0].to(cosines.device), place[itself].to(cosines.device)] = -1
                 best = cosines.amax(1).cpu()
                 highest[begin : begin + BLOCK] = torch.maximum(highest[begin : begin + BLOCK], best)
-    share = [float((highest > bar).double().mean()) for bar in (NEAR, TWIN)]
-    return Similarity(float(highest.median()), *share, asked)
+    near, twin = (float((highest > bar).double().mean()) for bar in (NEAR, TWIN))
+    return Similarity(float(highest.median()), near, twin, asked)
