@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lancet
 from lancet import bench
-from lancet.errors import MismatchError, UsageError
+from lancet.errors import LancetError, MismatchError, UsageError
 from lancet.evaluation import concepts, decoder, lines, probe, texts
 from lancet.evaluation.evaluate import evaluate
 from lancet.evaluation.scores import Evaluation
@@ -408,11 +408,18 @@ def test_the_bundled_text_is_held_out_and_comes_once() -> None:
     assert not trained & set(first)
 
 
-def test_numbers_that_ran_over_are_null(tiny: Model, file: Path) -> None:
+def test_numbers_that_ran_over_are_null(tiny: Model, few: Any, file: Path) -> None:
     sae = SAES["relu"]()
     sae.b_dec[:] = math.nan
     told = evaluate(tiny, sae, [file], concepts=False).to_json()["saes"][0]
-    assert told["explained_variance"] is None and told["loss_spliced"] is None
+    assert told["explained_variance"] is None and told["loss_spliced"] is None and told["loss_recovered"] is None
+    sae = SAES["relu"]()
+    sae.W_dec[3] = math.inf
+    json.dumps(evaluate(tiny, sae, [file], concepts=False).to_json(), allow_nan=False)
+    assert sae.b_enc is not None
+    sae.b_enc[0] = math.inf
+    with pytest.raises(LancetError, match="not finite"):
+        evaluate(tiny, sae, [file])
 
 
 def test_command_line(
@@ -429,8 +436,9 @@ def test_command_line(
         folders.append(str(save_sae(tmp_path / str(seed) / "sae", sae, metadata={"hook_name": str(Site(2))})))
     common = ["--model", model.name, "--basis", "plain", "--anyway", "--device", "cpu", "--dtype", "float32"]
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lancet", "eval", *arguments, *common])
+    def run(*arguments: str, leave: str = "") -> tuple[int, str, str]:
+        options = [option for option in common if option != leave]
+        monkeypatch.setattr(sys, "argv", ["lancet", "eval", *arguments, *options])
         with pytest.raises(SystemExit) as ended:
             main()
         out = capsys.readouterr()
@@ -447,6 +455,8 @@ def test_command_line(
         assert out.count(f"{concept}\t") == 2
     code, out, _ = run(folders[0], "--text", str(file), "--no-concepts")
     assert code == 0 and next(iter(few)) not in out
+    code, _, err = run(folders[0], "--text", str(file), leave="--anyway")  # it was trained on no model
+    assert code == 1 and "fails its self-test" in err
     assert run(folders[0], folders[0], "--text", str(file))[0] == 2
     assert run(folders[0], "--tokens", "many")[0] == 2
     assert run(folders[0], "--text", str(tmp_path / "none.txt"))[0] == 2

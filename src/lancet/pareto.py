@@ -30,7 +30,7 @@ def front(found: Evaluation, path: Path) -> Path:
         raise UsageError("there is nothing to draw: no SAE has a loss recovered")
     best = found.front
     names = [_folded(each.name) for each in shown]
-    family, note = fonts_for("".join(names))
+    family, note = fonts_for("".join(names) + found.model)
     plt = _pyplot()
     with plt.rc_context({"font.family": family}):
         height = max(4.2, 0.9 + 2 * LINE * len(shown))

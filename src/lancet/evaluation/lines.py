@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lancet import bench, passes
+from lancet.atlas.statistics import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,11 @@ def labelled(part: bench.Part) -> tuple[list[str], np.ndarray]:
 
 @torch.no_grad()
 def read(model: Model, saes: Sequence[Sae], texts: Sequence[str], labels: np.ndarray) -> Lines:
-    """Passes labelled lines through the model, once for all SAEs."""
+    """Passes labelled lines through the model, once for all SAEs.
+
+    Raises:
+        LancetError: an activation is not finite, and nothing could be ranked.
+    """
     rows = [model.tokenize(text, most=min(model.context, TOKENS)) for text in texts]
     sites = sorted({sae.site for sae in saes})
     width = {site: model.d_site(site) for site in sites}
@@ -68,6 +73,9 @@ def read(model: Model, saes: Sequence[Sae], texts: Sequence[str], labels: np.nda
             mean[site][which] = ((x * inside).sum(1) / inside.sum(1).clamp_min(1)).cpu().numpy()
         for sae, found in zip(saes, entries, strict=True):
             found.append(_pooled(sae, values[sae.site], batch.content, which))
+    for found in entries:
+        for *_, strongest, _ in found:
+            check_finite(strongest)
     pooled = [_matrices(found, (len(rows), sae.d_sae)) for found, sae in zip(entries, saes, strict=True)]
     return Lines(labels, mean, extreme, [high for high, _ in pooled], [written for _, written in pooled])
 

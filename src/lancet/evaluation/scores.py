@@ -171,7 +171,16 @@ class Scores:
             },
             "bench": self.bench.to_json() if self.bench else None,
         }
-        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in out.items()}
+        return _finite(out)
+
+
+def _finite(value: Any) -> Any:
+    """JSON without NaN and infinities, which are no JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
