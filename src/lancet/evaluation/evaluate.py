@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lancet.errors import UsageError
+from lancet.atlas.corpus import Bad
+from lancet.errors import MismatchError, UsageError
 from lancet.evaluation import texts
 from lancet.evaluation.scores import ENOUGH, Evaluation, Scores
 from lancet.telling import counted
 
 if TYPE_CHECKING:
     from lancet.evaluation.concepts import Bench
+    from lancet.evaluation.reconstruction import Totals
     from lancet.model import Model
     from lancet.sae import Sae
 
 TOKENS = 200_000
-LOSS_TOKENS = 20_000  # means over so many tell losses to a hundredth of a nat, and each costs three passes
+LOSS_TOKENS = 20_000  # each costs a pass of the whole model and two from the site on
 
 
 def evaluate(
@@ -89,16 +91,13 @@ def _named(saes: Sae | Sequence[Sae] | Mapping[str, Sae]) -> dict[str, Sae]:
 
 
 def _check(model: Model, sae: Sae) -> None:
-    from lancet.errors import MismatchError
-
     for site, width in ((sae.site, sae.d_in), (sae.writes, sae.d_out)):
         if (there := model.d_site(model.check_site(site))) != width:
             raise MismatchError(f"{sae.name} is {width} wide at {site}, where {model.name} has {there}; name its model")
 
 
-def _source(text: Sequence[str | Path] | None, column: str):
-    from lancet.atlas.corpus import Bad
-
+def _source(text: Sequence[str | Path] | None, column: str) -> tuple[str, Iterable[str], Bad | None]:
+    """What is read, in words; its documents; what counts the lines that cannot be read."""
     if text is None:
         return "the bench's held-out lines and passages", texts.bundled(), None
     bad = Bad()
@@ -108,7 +107,7 @@ def _source(text: Sequence[str | Path] | None, column: str):
 
 def _read(
     model: Model, saes: Sequence[Sae], documents: Iterable[str], most: tuple[int, int], say: Callable[[str], None]
-):
+) -> list[Totals]:
     import torch
 
     from lancet.evaluation.reconstruction import Totals, measure

@@ -99,7 +99,9 @@ def lit(sae: Sae, x: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, Features, T
 
 
 @torch.no_grad()
-def measure(model: Model, saes: Sequence[Sae], rows: Sequence[Sequence[int]], totals: Sequence[Totals], losses: bool):
+def measure(
+    model: Model, saes: Sequence[Sae], rows: Sequence[Sequence[int]], totals: Sequence[Totals], losses: bool
+) -> None:
     """Counts some texts in, one pass of the model for all SAEs.
 
     Args:
