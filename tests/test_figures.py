@@ -164,3 +164,44 @@ def test_the_strongest_features_are_drawn_in_order(lab: Lab, tmp_path: Path, mon
     spot = lab.read(TEXTS["English"]).at("Gate")
     figures.spectrum(spot, tmp_path / "a.png", top=6)
     assert bars == [[lit.value for lit in spot.top(6)]]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_pareto_front_has_a_number_and_a_name_for_each(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    from lancet.evaluation.decoder import Similarity
+    from lancet.evaluation.scores import Evaluation, Histogram, Losses, Scores
+
+    def scores(i: int, recovered: float | None) -> Scores:
+        losses = Losses(3, 3.1, 9, recovered, 0.1, 2000)
+        name = f"release-of-$x_1$/layer_12/width_{2**i}k/average_l0_{i}/" + "a_long_end" * (i % 4)
+        density, alike = Histogram((0.0, 1.0), (1,), 0), Similarity(0.3, 0.1, 0.0, 9)
+        return Scores(name, name, "a", "a", "topk", 9, 2000, 0.9, 10.0 * 2**i, 0.9, density, losses, alike)
+
+    some = [scores(i, 0.8 + 0.02 * i - 0.1 * (i == 2)) for i in range(count)]
+    found = Evaluation("模型", "text", 2000, (*some, scores(9, None)))
+    assert [each.l0 for each in found.front] == [10.0 * 2**i for i in range(count) if i != 2]
+    drawn: list[tuple[Any, Any]] = []
+    save = Figure.savefig
+
+    def kept(self: Any, *args: Any, **more: Any) -> None:
+        self.canvas.draw()
+        drawn.extend((text.get_text(), text.get_window_extent()) for text in self.axes[0].texts)
+        save(self, *args, **more)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    path = found.plot(tmp_path / "front.png")
+    assert pixels(path)[..., :3].std() > 0.05
+    assert len(drawn) == 4 * count  # in the plot; in the list number, name and figures
+    for i, (text, box) in enumerate(drawn):
+        for other, beside in drawn[:i]:
+            assert not box.overlaps(beside), (text, other)
+    empty = Evaluation("model", "text", 2000, (scores(0, None),))
+    with pytest.raises(UsageError, match="nothing to draw"):
+        empty.plot(tmp_path / "none.png")
+    with pytest.raises(UsageError, match="cannot draw to"):
+        found.plot(tmp_path / "front.doc")
+    assert [file.name for file in tmp_path.iterdir()] == ["front.png"]

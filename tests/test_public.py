@@ -47,7 +47,8 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
     | {"logit_lens", "background", "examples", "detect", "effects", "find"}
     | {"projection", "mix", "neurons", "about", "watch"},
     {"atlas"},
-    {"figures", "card_picture"},
+    {"evaluation"},
+    {"figures", "card_picture", "pareto"},
     {"cli"},
 ]
 every_file = pytest.mark.parametrize("name", MODULES)

@@ -1,8 +1,9 @@
 """Writes the package's assets: fp16 weights, configuration, facts, and the model card, out of the recipe's results.
 
-    python recipes/smollm2/ship.py --work WORK --scores SCORES.json --pilot PILOT_NAME --tried NAME=FOLDER ...
+    python recipes/smollm2/ship.py --work WORK --scores SCORES.json --compare TITLE=NAME ...
 
-SCORES.json is what `score.py --json` wrote for the shipped folder and whatever it is compared with.
+SCORES.json is what `lancet eval --json` printed for the shipped folder and whatever it is compared with, which has the
+NAME that it has there.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ ROWS = {
     "explained_variance": "explained variance",
     "l0": "L0",
     "cosine": "cosine",
-    "loss_plain": "loss, plain",
+    "loss": "loss, plain",
     "loss_spliced": "loss, SAE spliced in",
-    "loss_zero": "loss, zeros spliced in",
+    "loss_zeros": "loss, zeros spliced in",
     "loss_recovered": "loss recovered",
+    "kl": "KL, plain from spliced",
     "dead_share": "dead share",
     "auroc_best": "best feature a concept, mean AUROC",
     "auroc_best_at_least_0.9": "concepts at 0.90 or more, of 60",
-    "auroc_chosen_on_training_lines": "the same, feature chosen on training lines",
-    "auroc_best_coordinate": "best single coordinate instead, mean AUROC",
+    "auroc": "the same, feature chosen on training lines, mean AUROC",
+    "auroc_coordinate": "best single coordinate instead, chosen so too",
+    "auroc_probe": "linear probe instead",
+    "split": "features that a concept is split over",
+    "absorbed": "share of lines that other features absorb",
 }
 
 
@@ -65,14 +70,15 @@ def card(target: Path, recipe: dict[str, Any], training: dict[str, Any], columns
         "the public domain, passages, and what the model itself wrote, chats among them.",
         "",
         "## Figures",
-        f"On 720 held-out lines of the bench, 12 for each of 60 concepts (`recipes/smollm2/score.py`; dead: never fires on "
-        f"{columns['this']['dead_tokens']:,} held-out tokens). Explained variance is 1 - sum |x - x^|^2 / sum |x - mean|^2. ",
+        f"`lancet eval` on {columns['this']['tokens']:,} held-out tokens of the bench (losses on "
+        f"{columns['this']['loss_tokens']:,} of them), concepts on {columns['this']['lines']['heldout']} held-out lines; "
+        f"`docs/json.md` says what each figure is.",
         "",
         "| | " + " | ".join(columns) + " |",
         "| --- |" + " --- |" * len(columns),
     ]
     for key, name in ROWS.items():
-        cells = [f"{column[key]:.4g}" if key in column else "-" for column in columns.values()]
+        cells = ["-" if column[key] is None else f"{column[key]:.4g}" for column in columns.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -116,10 +122,8 @@ def card(target: Path, recipe: dict[str, Any], training: dict[str, Any], columns
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--scores", type=Path, nargs="*", help="JSON files of score.py")
-    parser.add_argument(
-        "--compare", nargs="*", default=[], metavar="NAME=FOLDER", help="columns beside the shipped one"
-    )
+    parser.add_argument("--scores", type=Path, nargs="*", help="what `lancet eval --json` printed")
+    parser.add_argument("--compare", nargs="*", default=[], metavar="TITLE=NAME", help="columns beside the shipped one")
     arguments = parser.parse_args()
     recipe = tomllib.loads((HERE / "recipe.toml").read_text(encoding="utf-8"))
     target = assets() / "smollm2" / recipe["site"]
@@ -131,9 +135,10 @@ def main() -> None:
         return
     scores: dict[str, Any] = {}
     for file in arguments.scores:
-        scores |= json.loads(file.read_text())
-    columns = {"this": scores[str(target)]} | {
-        n: scores[f] for n, f in (pair.split("=", 1) for pair in arguments.compare)
+        for entry in json.loads(file.read_text())["saes"]:
+            scores[entry["name"]] = entry | entry["bench"]
+    columns = {"this": scores[target.name]} | {
+        title: scores[name] for title, name in (pair.split("=", 1) for pair in arguments.compare)
     }
     training = read_json(arguments.work / "sae" / "training.json")
     with whole_file(target / "README.md") as temporary:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lancet.edit import Edit as Edit
     from lancet.effect import Effect as Effect
     from lancet.errors import LancetError as LancetError
+    from lancet.evaluation.evaluate import evaluate as evaluate
     from lancet.features import Features as Features
     from lancet.generate import Sampling as Sampling
     from lancet.lab import Feature as Feature
@@ -43,6 +44,7 @@ _HOMES = {
     "Sae": "sae",
     "Sampling": "generate",
     "Site": "site",
+    "evaluate": "evaluation.evaluate",
     "open": "lab",
 }
 

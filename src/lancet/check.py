@@ -189,24 +189,25 @@ def _measured(model: Model, sae: Sae, rows: Sequence[list[int]], others: Mapping
     sites = {site for one in tried.values() for site in (one.site, one.writes)} | {sae.writes.entry}
     out = Measured({name: Left() for name in tried})
     for row in rows:
-        passed = splice.through(model, row, sorted(sites))
-        keep = passed.content
+        passed = splice.through(model, model.batch([row]), sorted(sites))
+        keep = passed.content[0]
         for name, one in tried.items():
-            x, y = passed.values[one.site].float(), passed.values[one.writes][keep].float()
+            x, y = passed.values[one.site][0].float(), passed.values[one.writes][0, keep].float()
             features = one.features(x, keep)  # of the whole text: some SAEs see the tokens before
-            rebuilt, own = _rebuilt(one, features, x, keep), one.out_basis(y)
+            rebuilt, own = rebuild(one, features, x, keep), one.out_basis(y)
             out.left[name].add(own, rebuilt)
             if name == "here":
                 out.lit += len(features.value)
                 new = rebuilt + (y - own)  # what lies outside its basis, it never saw
-                out.spliced += splice.replaced(model, passed, sae.writes, new)
-                out.zeros += splice.replaced(model, passed, sae.writes, torch.zeros_like(y))
+                out.spliced += passed.cost(splice.replaced(model, passed, sae.writes, new))
+                out.zeros += passed.cost(splice.replaced(model, passed, sae.writes, torch.zeros_like(y)))
         out.plain += passed.nats
         out.count += passed.count
     return out
 
 
-def _rebuilt(sae: Sae, features: Features, x: Tensor, keep: Tensor) -> Tensor:
+def rebuild(sae: Sae, features: Features, x: Tensor, keep: Tensor) -> Tensor:
+    """[rows, d_out] the reconstruction of what `sae.features(x, keep)` gave; dense where that is the faster way."""
     crowded = len(features.value) * CROWDED > features.shape[0] * features.shape[1]
     if crowded and sae.one_piece and not sae.kind.contextual:  # far from its place an SAE may light half its features
         return sae.decode(features.dense(), x[keep])

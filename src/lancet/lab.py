@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lancet.atlas.rows import Encoded
     from lancet.dose import Dose
     from lancet.effect import Effect
+    from lancet.evaluation.scores import Evaluation
     from lancet.facts import Facts
     from lancet.find import Found
     from lancet.mix import Mix
@@ -478,6 +479,16 @@ class Lab:
 
         return dose(self, target, prompts, **how)
 
+    def evaluate(self, text: Sequence[str | Path] | None = None, **how: Any) -> Evaluation:
+        """How good the open SAEs are, on held-out text and against the concept bench; see
+        `lancet.evaluation.evaluate.evaluate`, which also takes several SAEs of one site."""
+        from lancet.evaluation.evaluate import evaluate
+
+        names = [sae.name for sae in self.saes]
+        named = {sae.name if names.count(sae.name) == 1 else str(sae.site): sae for sae in self.saes}
+        how.setdefault("say", self.say)
+        return evaluate(self.model, named, text, **how)
+
     def steps(self, edits: Edits, prompt: Tokens, length: int) -> list[Step]:
         """Edits made ready for one prompt: targets found, amounts raw, spans as masks over `length` positions.
 
@@ -740,6 +751,30 @@ def open_lab(
     Raises:
         UnknownName, MissingError, MismatchError, DamagedError: see `lancet.errors`.
     """
+    opened, pairs = open_parts(model, sae, device, dtype, say, basis, anyway, sae_memory, quantize, device_map)
+    lab = Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs}, say=say)
+    how = {"device": device, "dtype": dtype, "basis": basis, "sae_memory": sae_memory, "quantize": quantize}
+    lab.opened = {"model": model, "sae": sae, "device_map": device_map, "anyway": True} | how  # it was tested here
+    return lab
+
+
+def open_parts(
+    model: str,
+    sae: str | Sequence[str] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    say: Any = lambda line: None,
+    basis: str | None = None,
+    anyway: bool = False,
+    sae_memory: str = "auto",
+    quantize: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> tuple[Model, list[tuple[Sae, Path | None]]]:
+    """A model and SAEs of it, each with the path of its shipped facts, opened and tested like those of a lab; here
+    several may be of one site.
+
+    Args and raises: see `open_lab`.
+    """
     from lancet.loading import bundled, open_model, open_sae
     from lancet.units import size
 
@@ -758,7 +793,4 @@ def open_lab(
         for chosen, facts in pairs:
             if facts is None or facts.parent not in ours:  # facts may have been copied with the folder
                 check.first(opened, chosen, say).refuse()
-    lab = Lab(opened, [sae for sae, _ in pairs], {sae.site: facts for sae, facts in pairs}, say=say)
-    how = {"device": device, "dtype": dtype, "basis": basis, "sae_memory": sae_memory, "quantize": quantize}
-    lab.opened = {"model": model, "sae": sae, "device_map": device_map, "anyway": True} | how  # it was tested here
-    return lab
+    return opened, pairs

@@ -132,12 +132,12 @@ def _joined(sae: Sae, held: Sequence[tuple[Tensor, Tensor, Tensor, dict[Site, Te
     return Piece(sae.features(values[sae.site]), torch.cat(text), torch.cat(position), torch.cat(ids), values)
 
 
-def alike(rows: Sequence[Sized]) -> Iterator[list[int]]:
-    """The texts in groups of like length, each of at most TOGETHER tokens with its padding."""
+def alike(rows: Sequence[Sized], together: int = TOGETHER) -> Iterator[list[int]]:
+    """The texts in groups of like length, each of at most so many tokens with its padding."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     group: list[int] = []
     for i in order:
-        if group and len(rows[i]) * (len(group) + 1) > TOGETHER:
+        if group and len(rows[i]) * (len(group) + 1) > together:
             yield group
             group = []
         group.append(i)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lancet.cli import eval as evaluation
 from lancet.cli.names import names
 from lancet.cli.opening import Choice
 from lancet.cli.options import names_pair, opens
@@ -328,6 +329,9 @@ def dose(
         name=name,
         keep=keep,
     )
+
+
+app.command("eval")(evaluation.command)
 
 
 @app.command()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lancet.cli import show
 
 if TYPE_CHECKING:
     from lancet.lab import Lab
+    from lancet.model import Model
+    from lancet.sae import Sae
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,20 @@ class Choice:
         """Opens the pair, telling on standard error what takes long."""
         from lancet.lab import open_lab
 
+        return self._opened(open_lab)
+
+    def open_each(self) -> tuple[Model, list[Sae]]:
+        """The same without a lab around them: several SAEs may be of one site."""
+        from lancet.lab import open_parts
+
+        model, pairs = self._opened(open_parts)
+        return model, [sae for sae, _ in pairs]
+
+    def _opened(self, by: Callable[..., Any]) -> Any:
         full = self.named()
         assert full.model is not None
         with show.working(f"opening {full.model}"):
-            return open_lab(
+            return by(
                 full.model,
                 full.saes or None,
                 full.device,

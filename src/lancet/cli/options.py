@@ -54,6 +54,11 @@ def opens(command: Callable[..., None]) -> Callable[..., None]:
     return _with(command, OPTIONS)
 
 
+def opens_many(command: Callable[..., None]) -> Callable[..., None]:
+    """Like `opens` for a command whose arguments are SAEs: without `--sae`."""
+    return _with(command, {name: option for name, option in OPTIONS.items() if name != "sae"})
+
+
 def names_pair(command: Callable[..., None]) -> Callable[..., None]:
     """Like `opens` for a command that opens nothing: `--model` and `--sae` say whose files are meant."""
     return _with(command, {name: OPTIONS[name] for name in ("model", "sae")})
@@ -76,7 +81,7 @@ def _with(command: Callable[..., None], options: dict[str, Any]) -> Callable[...
     @functools.wraps(command)
     def run(**given: Any) -> None:
         own = {name: given.pop(name) for name in options if name in given}
-        own["saes"] = tuple(own.pop("sae") or ())
+        own["saes"] = tuple(own.pop("sae", None) or ())
         command(choice=Choice(**{"anyway": default.anyway, **own}), **given)
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
