@@ -132,6 +132,20 @@ def test_penalised_families_equal_sae_lens(
     assert compare(arch, theirs, ours, x, mask).feature_acts.is_sparse != few
 
 
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("to_input", [True, False])
+@pytest.mark.parametrize("mode", ["step", "quadratic"])
+def test_jumprelu_variants_equal_sae_lens(mode: str, to_input: bool, few: bool) -> None:
+    torch.manual_seed(0)
+    theirs, ours = both("jumprelu", 24, 96)
+    for sae in (theirs, ours):
+        sae.cfg.jumprelu_sparsity_loss_mode, sae.cfg.jumprelu_ste_to_input, sae.cfg.target_l0 = mode, to_input, 5.0
+        if few:
+            sparser(sae, 1.7)
+        sae.bandwidth = 0.4
+    assert compare("jumprelu", theirs, ours, torch.randn(50, 24) * 3, None).feature_acts.is_sparse == few
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nothing_fires_and_no_mask(arch: str) -> None:
     torch.manual_seed(0)

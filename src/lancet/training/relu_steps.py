@@ -5,6 +5,7 @@ Losses and gradients are those of sae-lens' classes (`tests/test_training_steps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,49 +47,59 @@ class FastStandard(Fast, StandardTrainingSAE):
         return _output(target, out, pattern.coo(values.detach()), pre, extra)
 
 
-class _DecodeJump(torch.autograd.Function):
-    """Active entries times W_dec, with the threshold's gradient by the straight-through estimator.
+@dataclass(frozen=True)
+class _Near:
+    """Entries that are active or within half a bandwidth of their threshold, which alone have a gradient.
 
-    `near` are the entries whose pre-activation lies within half a bandwidth of its threshold: they alone move it, and
-    those of them that are not active have no part in the product.
+    Attributes:
+        pattern: where they are.
+        lit, near: [entries] whether each is active, and within half a bandwidth of its threshold.
+        bandwidth: of the straight-through estimator.
+        to_input: whether the estimator moves the encoder too, and not the threshold alone.
     """
 
+    pattern: Pattern
+    lit: Tensor
+    near: Tensor
+    bandwidth: float
+    to_input: bool
+
+
+class _DecodeJump(torch.autograd.Function):
+    """JumpReLU of pre-activations [entries], times W_dec, with the straight-through estimator's gradients."""
+
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        values: Tensor,
-        W_dec: Tensor,
-        threshold: Tensor,
-        active: Pattern,
-        near: Pattern,
-        bandwidth: float,
-    ) -> Tensor:
-        ctx.save_for_backward(values, W_dec, threshold)  # type: ignore[attr-defined]
-        ctx.patterns, ctx.bandwidth = (active, near), bandwidth  # type: ignore[attr-defined]
-        return active.matrix(values) @ W_dec
+    def forward(ctx: FunctionCtx, pre: Tensor, W_dec: Tensor, threshold: Tensor, at: _Near) -> Tensor:
+        acts = pre * at.lit
+        ctx.save_for_backward(acts, W_dec, threshold)  # type: ignore[attr-defined]
+        ctx.at = at  # type: ignore[attr-defined]
+        return at.pattern.matrix(acts) @ W_dec
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        values, W_dec, threshold = ctx.saved_tensors
-        active, near = ctx.patterns
-        grad_threshold = near.column_sums(near.at(grad, W_dec)) * threshold / -ctx.bandwidth
-        return active.at(grad, W_dec), active.transposed(values) @ grad, grad_threshold, None, None, None
+        acts, W_dec, threshold = ctx.saved_tensors
+        at: _Near = ctx.at
+        grad_acts = at.pattern.at(grad, W_dec)
+        moved = threshold[at.pattern.cols] / at.bandwidth * at.near * grad_acts
+        grad_pre = at.lit * grad_acts + moved if at.to_input else at.lit * grad_acts
+        return grad_pre, at.pattern.transposed(acts) @ grad, -at.pattern.column_sums(moved), None
 
 
 class _Count(torch.autograd.Function):
-    """How many entries are active, with the threshold's gradient: a rectangle of the bandwidth in place of the step."""
+    """Active entries of each token [n]; in the gradient a rectangle of the bandwidth stands for the step."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, threshold: Tensor, active: Pattern, near: Pattern, bandwidth: float) -> Tensor:
-        ctx.near, ctx.bandwidth = near, bandwidth  # type: ignore[attr-defined]
-        return threshold.new_tensor(float(len(active.rows)))
+    def forward(ctx: FunctionCtx, pre: Tensor, threshold: Tensor, at: _Near) -> Tensor:
+        ctx.at = at  # type: ignore[attr-defined]
+        return pre.new_zeros(at.pattern.shape[0]).index_add_(0, at.pattern.rows, at.lit.to(pre.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        near: Pattern = ctx.near
-        return near.column_sums(grad.expand(len(near.rows))) / -ctx.bandwidth, None, None, None
+        at: _Near = ctx.at
+        moved = grad[at.pattern.rows] * at.near / at.bandwidth
+        return moved if at.to_input else None, -at.pattern.column_sums(moved), None
 
 
 class FastJumpReLU(Fast, JumpReLUTrainingSAE):
@@ -97,30 +108,32 @@ class FastJumpReLU(Fast, JumpReLUTrainingSAE):
     def training_forward_pass(self: Any, step_input: TrainStepInput) -> TrainStepOutput:
         """sae-lens' step; `feature_acts` may be a sparse COO tensor without a graph."""
         target = step_input.sae_in
-        usual = self.cfg.jumprelu_sparsity_loss_mode == "step" and not self.cfg.jumprelu_ste_to_input
-        if target.device.type != "cpu" or not usual:
+        if target.device.type != "cpu" or self.cfg.jumprelu_sparsity_loss_mode == "tanh":
             return super().training_forward_pass(step_input)
-        threshold, bandwidth = self.threshold, self.bandwidth
+        threshold, bandwidth, to_input = self.threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input
         threshold.data.clamp_(min=0.0)
         x, pre = self.pre_activations(target, self.b_enc)
         # A little lower than the window's edge: what lies in it is decided entry by entry, with sae-lens' own rounding.
         reached = pre > threshold.detach() - 0.51 * bandwidth
         if int(reached.count_nonzero()) > DENSE_ABOVE * reached.numel():
             hidden = self.with_gradient(pre, x, self.b_enc, None)
-            acts: Tensor = JumpReLU.apply(hidden, threshold, bandwidth, False)  # type: ignore[assignment]
+            acts: Tensor = JumpReLU.apply(hidden, threshold, bandwidth, to_input)  # type: ignore[assignment]
             out = acts @ self.W_dec + self.b_dec
             return _output(target, out, acts, hidden, self.calculate_aux_loss(step_input, acts, hidden, out))
         rows, cols = entries(reached)
-        kept, at = pre[rows, cols], threshold.detach()[cols]
-        lit, close = kept > at, rectangle((kept - at) / bandwidth) > 0
-        active, near = (Pattern(rows[part], cols[part], (len(pre), self.cfg.d_sae)) for part in (lit, close))
-        values = self.with_gradient(kept[lit], x, self.b_enc, active)
-        out = _DecodeJump.apply(values, self.W_dec, threshold, active, near, bandwidth) + self.b_dec
-        count = _Count.apply(threshold, active, near, bandwidth)
-        extra = {"l0_loss": step_input.coefficients["l0"] * count / len(pre)}
+        kept, limit = pre[rows, cols], threshold.detach()[cols]
+        pattern = Pattern(rows, cols, (len(pre), self.cfg.d_sae))
+        at = _Near(pattern, kept > limit, rectangle((kept - limit) / bandwidth) > 0, bandwidth, to_input)
+        hidden = self.with_gradient(kept, x, self.b_enc, pattern)
+        out = _DecodeJump.apply(hidden, self.W_dec, threshold, at) + self.b_dec
+        count: Tensor = _Count.apply(hidden, threshold, at)  # type: ignore[assignment]
+        if self.cfg.jumprelu_sparsity_loss_mode == "quadratic":
+            count = 2 / self.cfg.target_l0 * (count - self.cfg.target_l0) ** 2
+        extra = {"l0_loss": step_input.coefficients["l0"] * count.mean()}
         if self.cfg.pre_act_loss_coefficient is not None:
             extra["pre_act_loss"] = self._dead_loss(step_input, x, pre)
-        return _output(target, out, active.coo(values.detach()), pre, extra)
+        acts = Pattern(rows[at.lit], cols[at.lit], pattern.shape).coo(kept[at.lit])
+        return _output(target, out, acts, pre, extra)
 
     def _dead_loss(self: Any, step_input: TrainStepInput, x: Tensor, pre: Tensor) -> Tensor:
         mask = step_input.dead_neuron_mask

@@ -33,7 +33,8 @@ class _TopKStep(Fast):
         if self.cfg.rescale_acts_by_decoder_norm:
             norms = self.W_dec.detach().norm(dim=1)
             scored.mul_(norms)
-        pattern = Pattern(*self.select(scored), (len(scored), self.cfg.d_sae))
+        rows, cols = self.select(scored)
+        pattern = Pattern(rows, cols, (len(scored), self.cfg.d_sae))
         kept = scored[pattern.rows, pattern.cols]
         # The decoder norm decides what is selected and cancels from all the rest: pre * |d| / |d| * d.
         pre = kept if norms is None else kept / norms[pattern.cols]
