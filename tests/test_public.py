@@ -48,6 +48,7 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
     | {"projection", "mix", "neurons", "about", "watch"},
     {"atlas"},
     {"evaluation"},
+    {"training"},
     {"figures", "card_picture", "pareto"},
     {"cli"},
 ]

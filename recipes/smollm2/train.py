@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
-from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sparse_step import SparseBatchTopK, SparseMatryoshka
-from torch import Tensor, nn
+from torch import Tensor
 
 from lancet.files import whole_file, write_json
+from lancet.training.architectures import training_sae
 
 CHECKPOINT_SECONDS = 240
 
@@ -137,22 +135,15 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     data = Shards(paths, settings["batch"], seed)
-    common: dict[str, Any] = {
-        "d_in": d_in,
-        "d_sae": settings["width"],
-        "k": float(settings["k"]),
-        "aux_loss_coefficient": settings["aux_coefficient"],
-        "normalize_activations": "expected_average_only_in",
-        "dtype": "float32",
-        "device": "cpu",
-    }
-    if settings["architecture"] == "matryoshka":
-        config = MatryoshkaBatchTopKTrainingSAEConfig(**common, matryoshka_widths=list(settings["widths"]))
-        sae: Any = SparseMatryoshka(config)
-    else:
-        sae = SparseBatchTopK(BatchTopKTrainingSAEConfig(**common))
+    sae: Any = training_sae(
+        settings["architecture"],
+        d_in,
+        settings["width"],
+        settings["k"],
+        widths=settings["widths"] if settings["architecture"] == "matryoshka" else (),
+        aux=settings["aux_coefficient"],
+    )
     factor = d_in**0.5 / float(data.scale)
-    sae.W_enc = nn.Parameter(sae.W_enc.data.t().contiguous().t())  # rows of features lie together, as gradients do
     sae.b_dec.data.copy_(data.mean * factor)
     total = int(data.tokens * settings["epochs"]) // settings["batch"] * settings["batch"]
     steps = total // settings["batch"]
@@ -181,7 +172,6 @@ def train(
     sae.cfg.metadata.hook_name = facts["site"]
     sae.cfg.metadata.model_name = facts["model"]
     sae.cfg.metadata.prepend_bos = True
-    sae.W_enc.data = sae.W_enc.data.contiguous()
     sae.save_inference_model(str(folder / "sae"))
     write_json(
         folder / "training.json",
