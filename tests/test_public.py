@@ -46,6 +46,7 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
     | {"logit_lens", "background", "examples", "detect", "effects", "find"}
     | {"projection", "mix", "neurons", "about", "watch"},
     {"atlas"},
+    {"training"},
     {"figures", "card_picture"},
     {"cli"},
 ]
