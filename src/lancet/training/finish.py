@@ -46,7 +46,6 @@ def write(
     from lancet.training.trainer import measured
 
     site = str(learner.spec.site)
-    figures = learner.figures() if learner.last is not None else {}
     with whole_folder(beside) as temporary:
         learner.finish(batches, facts | {"hook_name": site}, temporary)
         saved = measured(temporary, batches)
@@ -60,7 +59,7 @@ def write(
         "sae": asdict(learner.spec) | {"site": site},
         "steps": learner.step_number,
         "tokens": learner.trainer.n_training_samples,
-        "last_step": figures,
+        "last_step": learner.figures,
         "saved": saved,
         "versions": _versions(),
     }

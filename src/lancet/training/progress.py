@@ -37,7 +37,7 @@ class Row:
         tokens: trained on.
         rate: tokens a second in this run, of this SAE.
         left: seconds, about.
-        figures: loss, l0, explained, dead (a share), at the last row of the CSV.
+        figures: loss, l0, explained, dead (a share) of its last step or of one shortly before.
     """
 
     name: str
@@ -87,30 +87,36 @@ class Progress:
         self.board: Callable[[list[Row]], None] | None = getattr(say, "board", None)
         self.begin = time.monotonic()
         self.before = [learner.trainer.n_training_samples for learner in learners]
-        self.figures: list[dict[str, float]] = [{} for _ in learners]
-        self.shown = 0.0
+        self.every = LINE if self.board is None else SHOWN
+        self.shown = self.begin
+        self.steps = [-1 for _ in learners]  # that were made when all were last shown
         self.writers = [logger(log, folder) for folder in folders]
         for learner, folder in zip(learners, folders, strict=True):
             _begin_csv(folder / CSV, learner.step_number)
 
+    def wants(self, index: int) -> bool:
+        """Whether figures of an SAE's next step are wanted: it makes a row, or is about to be shown."""
+        learner = self.learners[index]
+        made = learner.step_number + 1
+        return made % ROW == 0 or made == learner.steps or time.monotonic() - self.shown > self.every
+
     def after_step(self, index: int) -> None:
         """An SAE has made a step."""
         learner = self.learners[index]
-        if learner.step_number % ROW and not learner.is_done:
-            return
-        figures = self.figures[index] = learner.figures()
-        row = {"step": learner.step_number, "tokens": learner.trainer.n_training_samples} | figures
-        path = self.folders[index] / CSV
-        with explained(path), path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
-        self.writers[index].write(row)
-        now = time.monotonic()
-        if now - self.shown > (LINE if self.board is None else SHOWN):
+        if learner.step_number % ROW == 0 or learner.is_done:
+            row = {"step": learner.step_number, "tokens": learner.trainer.n_training_samples} | learner.figures
+            path = self.folders[index] / CSV
+            with explained(path), path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+            self.writers[index].write(row)
+        is_last = index == len(self.learners) - 1 or learner.is_done
+        if is_last and time.monotonic() - self.shown > self.every:
             self.show()
 
     def show(self) -> None:
         """Shows where all are."""
         self.shown = time.monotonic()
+        self.steps = [learner.step_number for learner in self.learners]
         rows = self.rows()
         if self.board is not None:
             self.board(rows)
@@ -122,19 +128,17 @@ class Progress:
         """Where all are."""
         passed = max(time.monotonic() - self.begin, 1e-9)
         out = []
-        for learner, folder, before, figures in zip(
-            self.learners, self.folders, self.before, self.figures, strict=True
-        ):
+        for learner, folder, before in zip(self.learners, self.folders, self.before, strict=True):
             tokens = learner.trainer.n_training_samples
             rate = (tokens - before) / passed
             missing = (learner.steps - learner.step_number) * learner.trainer.cfg.train_batch_size_samples
             left = missing / rate if rate else 0.0
-            out.append(Row(folder.name, learner.step_number, learner.steps, tokens, rate, left, figures))
+            out.append(Row(folder.name, learner.step_number, learner.steps, tokens, rate, left, learner.figures))
         return out
 
     def end(self, show: bool = True) -> None:
         """Nothing more is shown or logged."""
-        if show:
+        if show and self.steps != [learner.step_number for learner in self.learners]:
             self.show()
         if self.board is not None:
             self.board([])

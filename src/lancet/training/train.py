@@ -269,21 +269,27 @@ class _Run:
                 return False
             if self.place.block == 0 and not self.place.given:
                 self._set_scales(feeds)
-            for index in range(max(map(len, feeds.values()))):
-                self._round(feeds, index)
-                if all(learner.is_done for learner in self.learners):
-                    return True
-                if is_stopped():
-                    return False
-                if time.monotonic() - self.saved >= self.config.checkpoint:
-                    self._save()
-            if all(learner.is_done for learner in self.learners):  # resumed from after the last step
+            ended = self._block(feeds, is_stopped)
+            if ended is not None:
+                return ended
+            del feeds  # before the next block takes the same room
+
+    def _block(self, feeds: dict[Site, Feed], is_stopped: Callable[[], bool]) -> bool | None:
+        """Trains on a block: True where that was all, False where it is stopped, None where the next block is due."""
+        for index in range(max(map(len, feeds.values()))):
+            self._round(feeds, index)
+            if all(learner.is_done for learner in self.learners):
                 return True
-            self.place.rest = {site: feed.left() for site, feed in feeds.items()}
-            for site, feed in feeds.items():
-                self.place.massive[site] = self.place.massive.get(site, 0) + feed.massive
-            self.place.given = {}
-            self.place.block += 1
+            if is_stopped():
+                return False
+            if time.monotonic() - self.saved >= self.config.checkpoint:
+                self._save()
+        self.place.rest = {site: feed.left() for site, feed in feeds.items()}
+        for site, feed in feeds.items():
+            self.place.massive[site] = self.place.massive.get(site, 0) + feed.massive
+        self.place.given = {}
+        self.place.block += 1
+        return None
 
     def _feeds(self, is_stopped: Callable[[], bool]) -> dict[Site, Feed]:
         step: Callable[[str, int, int], None] = getattr(self.say, "step", lambda text, done, of: None)
@@ -315,7 +321,7 @@ class _Run:
                 continue
             batch = feed[index]
             for i in own:
-                self.learners[i].step(batch)
+                self.learners[i].step(batch, self.progress.wants(i))
                 self.progress.after_step(i)
             self.place.given[site] = index + 1
 

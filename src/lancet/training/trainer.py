@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +36,14 @@ class Learner:
         trainer: sae-lens'.
         steps: in all.
         controllers: coefficient's name -> what steers it; none where it is fixed or there is none.
-        last: the output of the last step.
+        figures: of the last step that was asked for them.
     """
 
     spec: Spec
     trainer: SAETrainer[Any, Any]
     steps: int
     controllers: dict[str, Controller]
-    last: Any = None
+    figures: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def new(cls, spec: Spec, config: TrainConfig, d_in: int, batch: int, steps: int, device: torch.device) -> Learner:
@@ -100,30 +100,34 @@ class Learner:
         self.trainer.activation_scaler.scaling_factor = factor
         sae.b_dec.data.copy_(mean * factor)
 
-    def step(self, batch: Tensor) -> None:
+    def step(self, batch: Tensor, figures: bool = False) -> None:
         """One step on raw activations [batch, d_in].
+
+        Args:
+            figures: also take down loss, active features a token, explained variance and share of dead features.
 
         Raises:
             DivergedError: the loss is not finite.
         """
         self.trainer.maybe_reset_sparsity()
-        self.last = self.trainer.step(batch)
-        if not math.isfinite(loss := self.last.loss.item()):
+        output = self.trainer.step(batch)
+        if not math.isfinite(loss := output.loss.item()):
             raise DivergedError(f"the loss of {self} is {loss} at step {self.step_number + 1:,}")
         self.trainer.n_training_steps += 1
         if self.controllers:
-            l0 = float(self.last.feature_acts.bool().sum()) / len(batch)
+            l0 = float(output.feature_acts.bool().sum()) / len(batch)
             for name, controller in self.controllers.items():
                 self._steer(name, controller.update(l0))
+        if figures:
+            self.figures = self._figures(output)
 
     def _steer(self, name: str, value: float) -> None:
         scheduler = self.trainer.coefficient_schedulers[name]
         scheduler.final_value = value
         scheduler.load_state_dict({"current_step": scheduler.current_step})  # the warm-up's share of the new value
 
-    def figures(self) -> dict[str, float]:
-        """Of the last step: loss, active features a token, explained variance, share of dead features, and so on."""
-        told = self.trainer.build_train_step_log_dict(self.last, self.trainer.n_training_samples)
+    def _figures(self, output: Any) -> dict[str, float]:
+        told = self.trainer.build_train_step_log_dict(output, self.trainer.n_training_samples)
         out = {
             "loss": told["losses/overall_loss"],
             "l0": told["metrics/l0"],
