@@ -46,7 +46,7 @@ def test_train_then_read(train: Callable[..., Done], run: Callable[..., Done], t
     (told,) = done.json
     assert set(told) <= documented("lancet train CORPUS... --json") and told["folder"] == str(tmp_path / "sae")
     assert told["config"]["k"] == [6] and told["config"]["features"] == [64] and told["tokens"] == 576
-    read = run("read", "the cat sat", "--sae", str(tmp_path / "sae"), "--json")
+    read = run("read", "the cat sat", "--sae", str(tmp_path / "sae"), "--anyway", "--json")
     assert read.code == 0 and read.json["site"] == "blocks.1.hook_resid_pre"
     again = train(*words, "--out", str(tmp_path / "sae"))
     assert again.code == 2 and "finished SAE; choose another --out" in again.err
