@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -557,11 +558,16 @@ def test_refusals(model: Model, corpus: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UsageError, match="the corpus is empty"):
         train(model, tmp_path / "empty.txt", CONFIG, tmp_path / "b")
     with pytest.raises(
-        UsageError, match=r"[\d,]+ tokens are fewer than one batch of 4,096; give more text, or a --batch"
+        UsageError, match=r"[\d,]+ tokens are fewer than one batch of 4,096; give more text .* --batch such as"
     ):
         train(model, corpus, TrainConfig(**SMALL | {"batch": 4096}), tmp_path / "c")
+    assert train(model, corpus, TrainConfig(**SMALL | {"tokens": 200}), tmp_path / "c")
     with pytest.raises(UsageError, match="100 tokens are fewer than one batch of 128"):
         train(model, corpus, TrainConfig(**SMALL | {"batch": 128, "tokens": 100}), tmp_path / "d")
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 20_000, 20_000))
+        with pytest.raises(LancetError, match=r"not enough disk space .* take --buffer memory"):
+            train(model, corpus, TrainConfig(**SMALL | {"tokens": 200}, buffer="disk"), tmp_path / "f")
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingError, match="pip install tensorboard"):
         train(model, corpus, TrainConfig(**SMALL, log="tensorboard"), tmp_path / "e")

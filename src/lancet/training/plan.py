@@ -1,12 +1,14 @@
-"""What a training takes of memory, before it begins: how large batch and buffer may be, and what would fit."""
+"""What a training takes, before it begins: how large batch and buffer may be, how many steps, what would fit."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lancet.errors import UsageError
+from lancet.errors import LancetError, UsageError
 from lancet.passes import TOGETHER
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ LARGEST = 4 * BLOCK  # and where --memory has room for more
 LEAST = 4  # batches that a buffer holds at least
 STATE = 16  # bytes of a parameter: itself, its gradient and Adam's two moments in float32
 DENSE = 10  # arrays [batch, features] in float32 that a step holds at once
+ONCE = 0.999  # of the corpus, where it is gone through once: tokens that are left out would begin a second round
 WIDE = 30  # arrays [tokens, width] that a pass of the model holds at once, the MLP's wider ones counted as several
 
 
@@ -110,6 +113,39 @@ def _would(smallest: Memory, specs: Sequence[Spec], needs: Callable[..., Memory]
     if len(specs) > 1 and needs(specs[:1], smallest.batch, smallest.block).total <= smallest.limit:
         options.append("one SAE at a time")
     return f"what would: {', '.join([*options, f'--memory {_up(smallest.total)}'])}"
+
+
+def steps_of(config: TrainConfig, tokens: int, batch: int) -> int:
+    """The steps of a training on a corpus of so many tokens.
+
+    Raises:
+        UsageError: there is not one.
+    """
+    steps = (config.tokens or int(ONCE * tokens)) // batch
+    if tokens < batch or not steps:
+        fewest = min(tokens, config.tokens or tokens)
+        raise UsageError(
+            f"{fewest:,} tokens are fewer than one batch of {batch:,}; give more text (and --tokens), or a smaller "
+            f"--batch such as {max(1, fewest // 8)}"
+        )
+    return steps
+
+
+def check_disk(width: int, tokens: int, folder: Path, work: Path) -> None:
+    """Raises LancetError where the disk has no room for activations.
+
+    Args:
+        width: of all sites together; tokens: of the corpus.
+        folder: of those that are kept already.
+        work: where there must be room.
+    """
+    kept = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    needs, free = 2 * width * tokens - kept, shutil.disk_usage(work).free
+    if free < needs:
+        raise LancetError(
+            f"not enough disk space in {work}: {needs / 1e9:.1f} GB needed for the activations of {tokens:,} tokens, "
+            f"{free / 1e9:.1f} GB free; free some space, or take --buffer memory"
+        )
 
 
 def _up(size: int) -> str:

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from lancet.atlas import plan as plans
 from lancet.atlas.corpus import Bad, sources
-from lancet.errors import DivergedError, LancetError, UsageError
+from lancet.errors import DivergedError, UsageError
 from lancet.files import read_json
 from lancet.training import checkpoint, text
 from lancet.training.blocks import Blocks
 from lancet.training.config import IDLE, places
 from lancet.training.finish import VERSION, is_finished, write
+from lancet.training.plan import check_disk, steps_of
 from lancet.training.plan import plan as plan_memory
 from lancet.training.progress import Progress, check_log
 
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from lancet.training.text import Text
     from lancet.training.trainer import Learner
 
-ONCE = 0.999  # of the corpus, where it is gone through once: tokens that are left out would begin a second round
 MEASURED = 16_384  # tokens that thresholds and final figures are measured on
 
 
@@ -125,21 +125,21 @@ def _begun(model: Model, config: TrainConfig, found: Any, folders: list[Path], w
     now |= {"corpus": [source.identity() for source in found]}
     now |= {"model": {"name": model.name, "fingerprint": plans.fingerprint(model)}}
     plans.begin(now, work, "training")
-    prepared = _prepared(model, config, found, work, length, batch, say)
-    steps = (config.tokens or int(ONCE * prepared.tokens)) // batch
-    if prepared.tokens < batch or not steps:
-        raise UsageError(
-            f"{min(prepared.tokens, config.tokens or prepared.tokens):,} tokens are fewer than one batch of {batch:,}; "
-            f"give more text, or a --batch of {max(1, min(prepared.tokens, config.tokens or prepared.tokens) // 8):,} "
-            f"(delete {work} before)"
-        )
+    try:
+        prepared = _prepared(model, config, found, work, length, batch, say)
+        steps = steps_of(config, prepared.tokens, batch)
+    except UsageError:
+        if not kept:  # another attempt may have other settings
+            (work / plans.PLAN).unlink()
+            shutil.rmtree(work / "text", ignore_errors=True)
+        raise
     rounds = steps * batch / prepared.tokens
     if rounds > 1.5:
         say(f"the corpus has {prepared.tokens:,} tokens: each is trained on about {rounds:.1f} times")
     sites = list(dict.fromkeys(spec.site for spec in config.saes()))
     blocks = Blocks(model, sites, prepared, block, work / "blocks" if config.buffer == "disk" else None)
     if blocks.folder is not None:
-        _check_disk(blocks, work)
+        check_disk(sum(map(model.d_site, sites)), prepared.tokens, blocks.folder, work)
     from lancet.training.trainer import Learner
 
     learners = [
@@ -172,17 +172,6 @@ def _prepared(model: Model, config: TrainConfig, found: Any, work: Path, length:
         step("preparing the corpus", 1, 1)
         if bad.total:
             say(str(bad))
-
-
-def _check_disk(blocks: Blocks, work: Path) -> None:
-    width = sum(blocks.model.d_site(site) for site in blocks.sites)
-    kept = sum(file.stat().st_size for file in (work / "blocks").glob("*.safetensors"))
-    needs, free = 2 * width * blocks.text.tokens - kept, shutil.disk_usage(work).free
-    if free < needs:
-        raise LancetError(
-            f"not enough disk space in {work}: {needs / 1e9:.1f} GB needed for the activations of "
-            f"{blocks.text.tokens:,} tokens, {free / 1e9:.1f} GB free; free some space, or take --buffer memory"
-        )
 
 
 class _Stop(Exception):  # noqa: N818 - no error
