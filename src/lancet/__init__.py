@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lancet.reading import Reading as Reading
     from lancet.sae import Sae as Sae
     from lancet.site import Site as Site
+    from lancet.training.config import TrainConfig as TrainConfig
+    from lancet.training.train import train as train
 
 _HOMES = {
     "Continuation": "continuation",
@@ -44,8 +46,10 @@ _HOMES = {
     "Sae": "sae",
     "Sampling": "generate",
     "Site": "site",
+    "TrainConfig": "training.config",
     "evaluate": "evaluation.evaluate",
     "open": "lab",
+    "train": "training.train",
 }
 
 __version__ = "0.1.0"

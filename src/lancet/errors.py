@@ -5,6 +5,7 @@
     │   └── UnknownName   a name that nothing has; carries the nearest ones
     ├── MissingError      something must be fetched or installed first; says with which command
     ├── DamagedError      a file is truncated, corrupt, of the wrong hash or of a refused kind
+    ├── DivergedError     a training whose loss is no number any more; names its last good checkpoint
     └── MismatchError     two things that do not belong together: an SAE of another model or width
 
 A message is one line: what is wrong, what was got, what is allowed, what to do next. The command line prints it as it
@@ -59,3 +60,7 @@ class DamagedError(LancetError):
 
 class MismatchError(LancetError):
     """Two parts that do not fit each other."""
+
+
+class DivergedError(LancetError):
+    """A loss or a weight of what is trained is no longer a finite number."""

@@ -56,13 +56,13 @@ def whole_file(path: Path) -> Iterator[Path]:
         LancetError: the disk is full; nothing is left behind.
     """
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     temporary = Path(name)
     try:
-        with _explained(path):
+        with explained(path):
             yield temporary
             _ordinary_mode(temporary)
             os.replace(temporary, path)
@@ -79,7 +79,7 @@ def whole_folder(path: Path, needs_bytes: int = 0) -> Iterator[Path]:
         needs_bytes: what it will hold, checked against the free space before anything is written.
     """
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < needs_bytes:
@@ -89,7 +89,7 @@ def whole_folder(path: Path, needs_bytes: int = 0) -> Iterator[Path]:
             )
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        with _explained(path):
+        with explained(path):
             yield temporary
             for made in (temporary, *temporary.rglob("*")):
                 _ordinary_mode(made)
@@ -108,7 +108,12 @@ def _ordinary_mode(path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Tells in one line why `path` cannot be written.
+
+    Raises:
+        UsageError: its folder cannot be written to; LancetError: the disk is full.
+    """
     import errno
 
     from safetensors import SafetensorError

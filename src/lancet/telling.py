@@ -21,3 +21,10 @@ def counted(say: Say, text: str, of: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: step(text, done, of)
     finally:
         step(text, of, of)
+
+
+def minutes(seconds: float) -> str:
+    """A time in words: 40 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -112,6 +112,37 @@ def size(text: str) -> int | None:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 
+_COUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmb]?)")
+_TIMES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def count(text: str, what: str = "tokens") -> int:
+    """`10M`, `250k`, `1.5B` or a plain number.
+
+    Args:
+        what: is counted.
+
+    Raises:
+        UsageError: anything else.
+    """
+    match = _COUNT.fullmatch(text.strip().lower().replace(",", "").replace("_", ""))
+    if match is None or (found := round(float(match[1]) * _TIMES[match[2]])) < 1:
+        raise UsageError(f"a number of {what} is written 10M, 250k or 1000, got {text!r}")
+    return found
+
+
+def width(text: str) -> int:
+    """A number of features: a plain number, or `16k`, which is 16,384 as the field writes it.
+
+    Raises:
+        UsageError: anything else.
+    """
+    match = re.fullmatch(r"(\d+)(k|m)?", text.strip().lower().replace(",", "").replace("_", ""))
+    if match is None or (found := int(match[1]) * {None: 1, "k": 1 << 10, "m": 1 << 20}[match[2]]) < 1:
+        raise UsageError(f"a number of features is written 16k (16,384), 1M or 5000, got {text!r}")
+    return found
+
+
 def short(value: float) -> str:
     """The shortest text that reads back as the same number: 80, 0.5, 1e-07, 0.1234567."""
     text = f"{value:g}"

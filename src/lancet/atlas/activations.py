@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lancet.features import Features
     from lancet.model import Model
     from lancet.sae import Sae
+    from lancet.site import Site
 
 
 def active(model: Model, saes: Sequence[Sae], shard: Shard) -> list[Active]:
@@ -30,10 +32,49 @@ def active(model: Model, saes: Sequence[Sae], shard: Shard) -> list[Active]:
     return [Active.of(*each, sae.d_sae, shard.layout) for each, sae in zip(found, saes, strict=True)]
 
 
-def entries(model: Model, saes: Sequence[Sae], ids: Sequence[Array]) -> list[tuple[Array, Array, Array]]:
-    """What fires in some pieces, of each SAE; pieces of like length share a pass, and the start token is left out.
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of the model found.
+
+    Attributes:
+        values: site -> [batch, seq, width].
+        keep: [batch, seq] True at every token that is read: neither padding nor start token.
+        row: [n] the row of each such token in the batch, row by row.
+        token: [n] its place among the tokens of all pieces.
+    """
+
+    values: dict[Site, Tensor]
+    keep: Tensor
+    row: Tensor
+    token: Tensor
+
+
+def read_pieces(model: Model, sites: Sequence[Site], ids: Sequence[Array]) -> Iterator[Pass]:
+    """Pieces through the model as far as the deepest of some sites; pieces of like length share a pass.
 
     The shapes of the passes depend on the pieces alone, so that the same pieces give the same numbers.
+
+    Args:
+        ids: of each piece [tokens] token ids without the start token, at least one.
+    """
+    import torch
+
+    start = model.start_plain
+    rows = [piece.tolist() if start is None else [start, *piece.tolist()] for piece in ids]
+    lengths = np.array([len(piece) for piece in ids])
+    begin = torch.from_numpy(lengths.cumsum() - lengths)  # each piece's first token among all
+    for group in passes.alike(rows):
+        batch = model.batch([rows[i] for i in group])
+        keep = batch.mask.clone()
+        if start is not None:
+            keep[:, 0] = False
+        values = model.values(batch, sites)
+        row, column = (index.cpu() for index in keep.nonzero(as_tuple=True))
+        yield Pass(values, keep, row, begin[torch.tensor(group)[row]] + column - int(start is not None))
+
+
+def entries(model: Model, saes: Sequence[Sae], ids: Sequence[Array]) -> list[tuple[Array, Array, Array]]:
+    """What fires in some pieces, of each SAE; the start token is left out.
 
     Args:
         ids: of each piece [tokens] token ids without the start token, at least one.
@@ -44,10 +85,6 @@ def entries(model: Model, saes: Sequence[Sae], ids: Sequence[Array]) -> list[tup
     """
     import torch
 
-    start = model.start_plain
-    rows = [piece.tolist() if start is None else [start, *piece.tolist()] for piece in ids]
-    lengths = np.array([len(piece) for piece in ids])
-    begin = torch.from_numpy(lengths.cumsum() - lengths)  # each piece's first token among the shard's
     found: list[list[Features]] = [[] for _ in saes]
     token: list[list[Tensor]] = [[] for _ in saes]
     held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in saes]
@@ -59,21 +96,14 @@ def entries(model: Model, saes: Sequence[Sae], ids: Sequence[Array]) -> list[tup
             found[which].append(saes[which].features(values))
             token[which].append(at)
 
-    for group in passes.alike(rows):
-        batch = model.batch([rows[i] for i in group])
-        keep = batch.mask.clone()
-        if start is not None:
-            keep[:, 0] = False
-        values = model.values(batch, [sae.site for sae in saes])
-        row, column = (index.cpu() for index in keep.nonzero(as_tuple=True))
-        at = begin[torch.tensor(group)[row]] + column - int(start is not None)
+    for read in read_pieces(model, [sae.site for sae in saes], ids):
         for which, sae in enumerate(saes):
-            value = values[sae.site]
+            value = read.values[sae.site]
             if sae.kind.contextual:  # text by text, with what stands before each token
-                found[which] += list(sae.features_of(value, keep))
-                token[which] += [at[row == i] for i in range(len(group))]
+                found[which] += list(sae.features_of(value, read.keep))
+                token[which] += [read.token[read.row == i] for i in range(len(value))]
                 continue
-            held[which].append((at, value[keep]))
+            held[which].append((read.token, value[read.keep]))
             waiting = sum(len(each) for each, _ in held[which])
             # A matrix that is converted at each use is used for as many tokens as there is room for.
             if sae.one_piece or waiting + passes.TOGETHER > sae.tokens_at_once:

@@ -23,7 +23,7 @@ from lancet.atlas.place import default, slug
 from lancet.atlas.selection import STRONGEST
 from lancet.atlas.statistics import Statistics
 from lancet.errors import DamagedError, UsageError
-from lancet.telling import Say
+from lancet.telling import Say, minutes
 
 if TYPE_CHECKING:
     from lancet.atlas.plan import Plan
@@ -255,7 +255,7 @@ class _Watch:
         rate = max(done - self.before, 1) / max(time.monotonic() - self.begin, 1e-9)
         seen = " + ".join(f"{int((each.statistics.fired > 0).sum()):,}" for each in self.sums)
         left = (of - done) / rate
-        text = f"harvesting: {rate:,.0f} tokens/s, {_minutes(left)} left, {seen} features seen, tokens"
+        text = f"harvesting: {rate:,.0f} tokens/s, {minutes(left)} left, {seen} features seen, tokens"
         self.told(text, min(done, of - 1), of)
 
     def save(self, now: bool = False) -> None:
@@ -274,9 +274,3 @@ class _Watch:
     def end(self) -> None:
         """Nothing more is shown."""
         self.told("harvesting", self.prepared.tokens, self.prepared.tokens)
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

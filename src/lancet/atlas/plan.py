@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,12 +31,15 @@ SAID = {
     "model": "another model",
     "saes": "other SAEs",
     "corpus": "another corpus",
-    "length": "another --length",
-    "tokens": "another --tokens",
-    "field": "another --field",
     "sae": "another SAE",
-    "pool": "another --pool",
+    "shard_tokens": "another version of Lancet",
+    "lancet_harvest": "another version of Lancet",
+    "lancet_encode": "another version of Lancet",
+    "lancet_training": "another version of Lancet",
+    "sites": "another --site",
+    "seeds": "another --seed",
 }
+LONG = ("model", "saes", "corpus", "sae")  # parts of a plan that are too long to be quoted
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def begin(now: dict[str, Any], work: Path, what: str = "harvest") -> None:
     kept = read_json(path)
     other = [name for name in now if kept.get(name) != now[name] and not (name == "model" and same_model(kept, now))]
     if other:
-        words = [SAID.get(name, name) for name in other]
+        words = list(dict.fromkeys(SAID.get(name, f"another --{name.replace('_', '-')}") for name in other))
         raise MismatchError(
             f"{work} holds an unfinished {what} that was begun with {' and '.join(words)}"
             f"{_settings(other, kept, now)}; go on with the same, delete {work}, or choose another --out"
@@ -142,8 +146,11 @@ def same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _settings(other: Sequence[str], kept: dict[str, Any], now: dict[str, Any]) -> str:
-    plain = [name for name in other if name in ("length", "tokens", "field", "pool")]
-    return f" ({', '.join(f'{name} {kept.get(name)}, now {now[name]}' for name in plain)})" if plain else ""
+    def told(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    plain = [name for name in other if name not in LONG]
+    return f" ({', '.join(f'{name} {told(kept.get(name))}, now {told(now[name])}' for name in plain)})" if plain else ""
 
 
 def places(out: Path, saes: Sequence[Sae]) -> list[Path]:
@@ -179,23 +186,28 @@ def alone(out: Path, work: Path | None = None, what: str = "harvest") -> Iterato
         lock.release()
 
 
-def refuse_finished(folders: Sequence[Path], work: Path) -> None:
+def refuse_finished(
+    folders: Sequence[Path],
+    work: Path,
+    what: str = "atlas",
+    is_finished: Callable[[Path], bool] = lambda folder: (folder / NAME).is_file(),
+) -> None:
     """Raises UsageError where a finished atlas is there; of several, those that this very harvest has written may be.
 
     Args:
         work: the work folder; with a plan in it a harvest of these folders is unfinished.
+        what: the folders are to hold.
+        is_finished: whether one does.
     """
-    there = [folder for folder in folders if (folder / NAME).is_file()]
+    there = [folder for folder in folders if is_finished(folder)]
     if there and (len(there) == len(folders) or not (work / PLAN).is_file()):
         raise UsageError(
-            f"{' and '.join(map(str, there))} holds a finished atlas; choose another --out, or delete it first"
+            f"{' and '.join(map(str, there))} holds a finished {what}; choose another --out, or delete it first"
         )
 
 
 def check_free(work: Path, tokens: int | None) -> None:
     """Raises LancetError where the disk has not even room for the shards of so many tokens."""
-    import shutil
-
     free, needs = shutil.disk_usage(work).free, 12 * (tokens or 0)
     if free < needs:
         raise LancetError(

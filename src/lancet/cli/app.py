@@ -12,6 +12,7 @@ from lancet.cli import eval as evaluation
 from lancet.cli.names import names
 from lancet.cli.opening import Choice
 from lancet.cli.options import names_pair, opens
+from lancet.cli.train import run as train
 from lancet.errors import UsageError
 
 app = typer.Typer(
@@ -439,6 +440,9 @@ def encode(
     from lancet.cli.encode import run
 
     run(corpus, out, tokens, choice, json, pool=pool, column=field, length=length)
+
+
+app.command(name="train")(train)
 
 
 @app.command()

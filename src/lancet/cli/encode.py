@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lancet.cli import show
-from lancet.cli.harvest import count
 from lancet.errors import UsageError
+from lancet.units import count
 
 if TYPE_CHECKING:
     from lancet.cli.opening import Choice

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lancet.cli import show
-from lancet.errors import UsageError
+from lancet.units import count
 
 if TYPE_CHECKING:
     from lancet.cli.opening import Choice
-
-TIMES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def run(corpus: list[str], out: Path | None, tokens: str | None, choice: Choice, json: bool, **how: Any) -> None:
@@ -41,15 +38,3 @@ def run(corpus: list[str], out: Path | None, tokens: str | None, choice: Choice,
         f"{counted['tokens']:,} tokens of {counted['documents']:,} documents in {found.seconds:,.0f} s; "
         f"{counted['repeats']:,} repeats and {counted['bad_lines']:,} bad lines left out"
     )
-
-
-def count(text: str) -> int:
-    """`10M`, `250k`, `1.5B` or a plain number.
-
-    Raises:
-        UsageError: anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([kmb]?)", text.strip().lower().replace(",", "").replace("_", ""))
-    if match is None or (found := round(float(match[1]) * TIMES[match[2]])) < 1:
-        raise UsageError(f"a number of tokens is written 10M, 250k or 1000, got {text!r}")
-    return found
