@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GOOD = 0.9  # AUROC from which a feature counts as a detector
 GAIN, MOST = 0.03, 10  # F1 that another feature must add to a sparse probe; features of one (SAEBench's numbers)
-ALIGNED, SHARE, ABSORBERS = 0.1, 0.4, 3  # cosine, share of the projection, features that absorb (SAEBench's numbers)
+ALIGNED = 0.1  # cosine to the probe's direction from which a feature may absorb (SAEBench's number)
 BLOCK_BYTES = 64 << 20
 
 
@@ -268,9 +268,8 @@ def _sparse(own: Any, theirs: Any, mine: np.ndarray, held: np.ndarray, main: int
             break
         if len(chosen) == min(MOST, len(candidates)):
             break
-        fits = (
-            centred.T @ (label - here @ weights) / lengths
-        )  # positive: a feature against the concept is no part of it
+        # With their signs: a feature that speaks against the concept is no part of it.
+        fits = centred.T @ (label - here @ weights) / lengths
         fits[chosen] = -np.inf
         chosen.append(int(fits.argmax()))
     return tuple(int(candidates[i]) for i in chosen), reached[-1]
@@ -279,13 +278,14 @@ def _sparse(own: Any, theirs: Any, mine: np.ndarray, held: np.ndarray, main: int
 def _absorbed(
     sae: Sae, which: int, heldout: Lines, positive: np.ndarray, known: Beside, label: int, split: Sequence[int]
 ) -> float | None:
-    """Share of a concept's held-out lines on which others speak for its features: those of `_sparse` are all silent,
-    and at most three others, each of a decoder row with a cosine of 0.1 or more to the probe's direction, make at
-    least 0.4 of what all features write along it (means over the line's tokens).
+    """Share of a concept's held-out lines on which another feature speaks for its own: those of `_sparse` are all
+    silent, and the feature that writes most along the probe's direction (mean over the line's tokens) has a decoder row
+    with a cosine of 0.1 or more to it.
 
-    The criteria and numbers are SAEBench's (arXiv 2503.09532; absorption is from arXiv 2409.14507), on lines instead of
-    single words, and on those alone that the probe recognises. None where it recognises none, and for a transcoder,
-    which writes elsewhere than the probe reads.
+    After SAEBench (arXiv 2503.09532; absorption is from arXiv 2409.14507), on lines instead of single words, and on
+    those alone that the probe recognises. SAEBench also asks that the absorbing features make 0.4 of the projection:
+    that is for one token; over all tokens of a line features seldom make so much. None where the probe recognises
+    no line, and for a transcoder, which writes elsewhere than the probe reads.
     """
     import torch
 
@@ -307,6 +307,6 @@ def _absorbed(
         along = (rows @ unit).cpu().numpy()
         lengths = rows.norm(dim=1).clamp_min(1e-30).cpu().numpy()
         made = written.data[begin:end] * along
-        speak = np.sort(made[(along / lengths >= ALIGNED) & (made > 0)])[-ABSORBERS:]
-        count += bool(made.sum() > 0 and speak.sum() >= SHARE * made.sum())
+        top = int(made.argmax()) if len(made) else 0
+        count += bool(len(made) and made[top] > 0 and along[top] / lengths[top] >= ALIGNED)
     return count / len(seen)
