@@ -123,7 +123,7 @@ def _run(model: Model, sae: Sae, rows: Sequence[list[int]], quick: bool) -> Chec
     figures: dict[str, float] = {}
     findings = [*_predicts(model, measured, figures)]
     kinds = _rows(model, kinds_of_text())
-    findings += [*feeding.start(model, kinds[:QUICK_STARTS] if quick else kinds, figures)]
+    findings += [*feeding.start(model, kinds[:QUICK_STARTS] if quick else kinds, figures, not quick)]
     if not quick:
         findings += [*feeding.cached(model, rows, figures)]
     findings += _explains(sae, measured, bases, blocks, figures, WRONG_BASIS if possible else 1.0)

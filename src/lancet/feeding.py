@@ -22,11 +22,13 @@ STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
 KL = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 
 
-def start(model: Model, rows: Sequence[list[int]], figures: dict[str, float]) -> Iterator[Finding]:
+def start(model: Model, rows: Sequence[list[int]], figures: dict[str, float], usual: bool = True) -> Iterator[Finding]:
     """Whether text begins with one start token, the one that costs the least.
 
     Args:
         rows: plain text of several kinds. A single text may prefer the mark of a chat, or code that of a file.
+        usual: also try the field's usual marks on a model that states no start. Some that were trained without one find
+            text a little likelier behind the mark that ended their documents, which is no reason to refuse a pair.
     """
     own = model.start_plain
     starts = {own, model.start_chat} - {None}
@@ -40,7 +42,10 @@ def start(model: Model, rows: Sequence[list[int]], figures: dict[str, float]) ->
 
     content = [row if own is None or row[0] != own else row[1:] for row in rows]
     content = [row[: min(START_TOKENS, model.context - 1)] for row in content]
-    costs = {each: _cost_from(model, content, each) for each in dict.fromkeys((own, *_starts(model)))}
+    costs = {
+        each: _cost_from(model, content, each)
+        for each in dict.fromkeys((own, *_starts(model, usual or own is not None)))
+    }
     best = min(costs, key=lambda each: costs[each])
 
     def told(each: int | None) -> str:
@@ -60,14 +65,14 @@ def start(model: Model, rows: Sequence[list[int]], figures: dict[str, float]) ->
     )
 
 
-def _starts(model: Model) -> Iterator[int | None]:
+def _starts(model: Model, usual: bool) -> Iterator[int | None]:
     """What text might begin with: nothing, the tokenizer's and the chat's own marks, and the field's usual ones."""
     tokenizer = model.tokenizer
     yield None
-    for known in (tokenizer.bos_token_id, tokenizer.eos_token_id, model.start_chat):
+    for known in (tokenizer.bos_token_id, model.start_chat, *([tokenizer.eos_token_id] if usual else [])):
         if isinstance(known, int):
             yield known
-    for mark in STARTS:
+    for mark in STARTS if usual else ():
         known = tokenizer.convert_tokens_to_ids(mark)
         if isinstance(known, int) and tokenizer.convert_ids_to_tokens(known) == mark:  # not the unknown token
             yield known
