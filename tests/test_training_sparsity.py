@@ -82,6 +82,8 @@ def wandered(arch: str) -> Any:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        if arch == "jumprelu":
+            sae.threshold.abs_()
     return sae
 
 

@@ -27,9 +27,9 @@ class Penalty:
     start: float
 
 
-# 5 is what Anthropic gives for this loss and this normalisation (Circuits Updates, April 2024); the gate's penalty has
-# the same scale. sae-lens' own 1 counts for JumpReLU: there a feature must explain more than 1 of d_in to be worth it.
-PENALTIES = {"standard": Penalty("l1", 5.0), "gated": Penalty("l1", 5.0), "jumprelu": Penalty("l0", 1.0)}
+# 5 is what Anthropic gives for L1 and this normalisation (Circuits Updates, April 2024); the gate's penalty has the
+# same scale. JumpReLU's is quadratic around k: on a small dictionary L0 stayed a third above k at 0.55, a sixth at 1.2.
+PENALTIES = {"standard": Penalty("l1", 5.0), "gated": Penalty("l1", 5.0), "jumprelu": Penalty("l0", 5.0)}
 
 # Anthropic's pre-activation loss on dead features (Circuits Updates, January 2025), for the same normalisation.
 PRE_ACT_LOSS = 3e-6
@@ -56,8 +56,9 @@ def training_sae(
             JumpReLU (2407.14435), Matryoshka BatchTopK (2503.17547).
         d_in: width of the activations.
         d_sae: number of features.
-        k: features a token; a whole number for topk. Standard, gated and jumprelu do not know it: their
-            coefficient decides (`lancet.training.sparsity.Controller`).
+        k: features a token; a whole number for topk. Standard and gated do not know it: their coefficient decides
+            (`lancet.training.sparsity.Controller`). Jumprelu's penalty, 2 / k * (L0 - k)^2 for each token (Gemma Scope
+            2's), comes the nearer to it the higher its coefficient.
         widths: Matryoshka's levels, rising; d_sae is added where it is missing.
         sparsity: coefficient of the L1 (standard, gated) or L0 (jumprelu) penalty; None takes `PENALTIES`.
         aux: weight of the loss that revives dead features: AuxK for the TopK families (1 is usual), the pre-activation
@@ -89,8 +90,11 @@ def training_sae(
     else:
         common.update(aux_loss_coefficient=aux, rescale_acts_by_decoder_norm=rescale_acts_by_decoder_norm)
         common["k"] = int(k) if arch == "topk" else float(k)
-    if arch == "jumprelu" and aux > 0:
-        common["pre_act_loss_coefficient"] = PRE_ACT_LOSS * aux
+    if arch == "jumprelu":
+        # A penalty on L0 alone pushes one way: thresholds that went too far come back slowly. The quadratic one pushes
+        # both ways. With the encoder moved too, thresholds need not travel all the way, a learning rate at a step.
+        common.update(jumprelu_sparsity_loss_mode="quadratic", target_l0=float(k), jumprelu_ste_to_input=True)
+        common["pre_act_loss_coefficient"] = PRE_ACT_LOSS * aux if aux > 0 else None
     if arch == "matryoshka":
         common["matryoshka_widths"] = [*widths] if widths[-1] == d_sae else [*widths, d_sae]
     ours, theirs, config = _classes(arch)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# Where more than this share of all entries is not zero, dense products are quicker. Measured on one thread with
-# d_in 576, d_sae 8192, 2,048 tokens.
+# Where more than this share of all entries is not zero, dense products are taken. On one thread, with d_in 576, d_sae
+# 8192 and 2,048 tokens, a step's four sparse products took 0.40 s of processor time at a share of 4%, and 0.19 s at 2%;
+# the four dense ones took 0.58 s whatever the share. 6% is read off that line.
 DENSE_ABOVE = 0.06
 
 

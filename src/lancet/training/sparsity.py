@@ -224,5 +224,5 @@ def _cut(scores: Callable[[Tensor], Tensor], least: float, batches: Sequence[Ten
     if math.isfinite(last):
         return (last + after) / 2
     # More features than k fire whatever happens: the rest is silenced.
-    finite = kept[kept.isfinite()]
-    return 2 * float(finite.max()) if len(finite) else 1.0
+    finite = torch.cat([found[found.isfinite()] for found in (scores(x).flatten() for x in _pieces(batches))])
+    return 2 * max(float(finite.max()), 1.0) if len(finite) else 1.0
