@@ -19,6 +19,7 @@ SUBJECTS = {
     "find": "finding a concept against reading its sentences",
     "atlas": "cards and searches at 131,072 features against 24,576",
     "harvest": "counting a corpus against its passes and dense encodes alone",
+    "train": "training from text to folder against sae-lens' own runner",
     "dose": "a dose sweep in batches against one row after another",
     "memory": "what opening and reading takes",
     "million": "reading with a million features",
