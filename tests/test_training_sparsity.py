@@ -36,7 +36,7 @@ class Truth:
 @pytest.mark.parametrize("arch", PENALTIES)
 def test_the_controller_brings_l0_to_k(arch: str) -> None:
     torch.manual_seed(0)
-    truth, steps, rate = Truth(), 500, 5e-3
+    truth, steps, rate = Truth(), 900, 5e-3
     sae: Any = training_sae(arch, D_IN, D_SAE, K)
     optimiser = torch.optim.Adam(sae.parameters(), lr=rate)
     penalty = PENALTIES[arch]
