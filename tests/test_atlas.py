@@ -12,6 +12,7 @@ import pytest
 from fixtures_atlas import KEY, KNOWN, SILENT, write_atlas
 
 from lancet import namefile
+from lancet.atlas import which
 from lancet.atlas.atlas import Atlas
 from lancet.errors import DamagedError, MismatchError, MissingError, UsageError
 from lancet.files import data_dir, write_json
@@ -124,3 +125,21 @@ def test_reading_needs_no_torch(folder: Path) -> None:
         "a.features(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0
+
+
+def test_the_bundled_atlas() -> None:
+    """It is about the SAE that it lies in, on two million tokens at least, and all that ships takes at most 40 MB."""
+    from lancet.loading import assets, sae_from_folder
+
+    found = which.find("smollm2")
+    folder = found.folder.parent
+    assert found.folder.name == which.INSIDE and folder.is_relative_to(assets())
+    assert found.belongs(sae_from_folder(folder)) and found.manifest.tokens >= 2_000_000
+    assert found.manifest.lenses == {"logit", "effect"}
+    assert sum(path.stat().st_size for path in assets().rglob("*") if path.is_file()) <= 40e6
+    bridge = found.feature(5743)
+    assert bridge.fires_tokens[0] == " Bridge" and bridge.density < 0.002
+    strongest = found.examples(5743, [0])
+    assert len(strongest) == 20 and all("Golden Gate Bridge" in example.text for example in strongest)
+    card = found.features(token="bridge", columns=["maximum"])
+    assert 5743 in card["feature"].to_pylist()
