@@ -52,7 +52,7 @@ def test_harvest_then_card_then_search(
     assert keys(told) == documented("lancet harvest CORPUS... --json")
     assert told["corpus"]["tokens"] == 200 and told["atlases"] == [str(tmp_path / "data" / "atlas" / "mid")]
     assert sorted(path.name for path in Path(told["atlases"][0]).iterdir()) == [
-        "examples.parquet", "features.parquet", "manifest.json", "passages.parquet",
+        "examples.parquet", "facts.safetensors", "features.parquet", "manifest.json", "passages.parquet",
     ]  # fmt: skip
     again = run(*words)
     assert again.code == 2 and again.out == ""
