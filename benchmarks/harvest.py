@@ -46,12 +46,12 @@ def run(settings: Settings) -> Iterator[Figure]:
     lab = pairs.gpt2(settings, folders)
     yield from rates(settings, lab, "GPT-2 shape, float32")
     del lab
-    yield from memory(settings, *map(str, folders), "GPT-2 shape, float32")
+    yield from memory(settings, *map(str, folders), "GPT-2 shape, float32", (TOKENS, 4 * TOKENS), None)
     lab = pairs.smollm2(settings, "float32")
     name = f"smollm2, {pairs.smollm2_named(settings)}, float32"
     yield from rates(settings, lab, name)
     del lab
-    yield from memory(settings, "smollm2", pairs.smollm2_sae(settings) or "", name)
+    yield from memory(settings, "smollm2", pairs.smollm2_sae(settings) or "", name, (8 * TOKENS, 32 * TOKENS), GROWTH)
 
 
 def rates(settings: Settings, lab: Lab, name: str) -> Iterator[Figure]:
@@ -80,13 +80,19 @@ def rates(settings: Settings, lab: Lab, name: str) -> Iterator[Figure]:
         yield Figure(f"{name}: four times the tokens over 4 times the time", four / once / 4, "x", LINEAR, told, taken)
 
 
-def memory(settings: Settings, model: str, sae: str, name: str) -> Iterator[Figure]:
-    """What a whole harvest takes beyond the weights, of a corpus and of one four times as large."""
+def memory(
+    settings: Settings, model: str, sae: str, name: str, sizes: tuple[int, int], bar: float | None
+) -> Iterator[Figure]:
+    """What a whole harvest takes beyond the weights, of a corpus and of one four times as large.
+
+    What is kept of a feature (examples, samples of its firings) has a bound and fills up first: that it grows no more
+    is seen on corpora that have filled it, which takes GPT-2's shape too long.
+    """
     if not Path("/proc/self/smaps_rollup").is_file():
         remark("this system does not tell memory; Linux does")
         return
     peaks, own = {}, {} if model == "smollm2" else {"LANCET_CACHE": str(pairs.cache(settings))}
-    for tokens in (TOKENS, 4 * TOKENS):
+    for tokens in sizes:
         remark(f"{name}: the memory of {tokens:,} tokens")
         with tempfile.TemporaryDirectory(dir=settings.work) as folder:
             command = [sys.executable, "-m", "benchmarks.harvest", model, sae, folder, str(tokens)]
@@ -94,7 +100,7 @@ def memory(settings: Settings, model: str, sae: str, name: str) -> Iterator[Figu
         check(told["tokens"] == tokens, "tokens")
         peaks[tokens] = told["peak"]
         yield Figure(f"{name}: peak anonymous beyond the weights, {tokens:,} tokens", told["peak"], "MB", BEYOND)
-    yield Figure(f"{name}: more for four times the corpus", peaks[4 * TOKENS] - peaks[TOKENS], "MB", GROWTH)
+    yield Figure(f"{name}: more for four times the corpus", peaks[sizes[1]] - peaks[sizes[0]], "MB", bar)
 
 
 def corpus() -> Iterator[str]:
