@@ -7,6 +7,7 @@ a sparse matrix they cost a tenth of the dense ones and less on a processor, as 
 
 from __future__ import annotations
 
+import warnings
 from functools import cached_property
 from typing import Any
 
@@ -38,12 +39,12 @@ class Pattern:
 
     def matrix(self, values: Tensor) -> Tensor:
         """The CSR matrix [n, d_sae] with these values [entries]."""
-        return torch.sparse_csr_tensor(self._starts, self.cols, values, self.shape, check_invariants=False)
+        return _csr(self._starts, self.cols, values, self.shape)
 
     def transposed(self, values: Tensor) -> Tensor:
         """Its transpose [d_sae, n], CSR too."""
         order, starts, rows = self._by_column
-        return torch.sparse_csr_tensor(starts, rows, values[order], self.shape[::-1], check_invariants=False)
+        return _csr(starts, rows, values[order], self.shape[::-1])
 
     def at(self, left: Tensor, right: Tensor) -> Tensor:
         """(left @ right.T) at the entries, nothing else of it computed; left [n, d], right [d_sae, d]."""
@@ -59,6 +60,12 @@ class Pattern:
         return torch.sparse_coo_tensor(
             torch.stack([self.rows, self.cols]), values, self.shape, is_coalesced=True, check_invariants=False
         )
+
+
+def _csr(starts: Tensor, inner: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse tensors are in beta
+        return torch.sparse_csr_tensor(starts, inner, values, shape, check_invariants=False)
 
 
 def entries(mask: Tensor) -> tuple[Tensor, Tensor]:
