@@ -4,7 +4,7 @@ terms, so nothing of it ships and no test fetches it: `lancet get gemma3-270m` d
 from __future__ import annotations
 
 import itertools
-import sys
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from fixtures_edits import GREEDY
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lancet import bench, check, gguf_tokenizer, loading
@@ -22,9 +21,9 @@ from lancet.generate import rows
 from lancet.lab import Lab
 from lancet.loading import open_model
 from lancet.model import Model
-from lancet.passes import through
-from lancet.sae import random_sae
 from lancet.site import Site
+from lancet.training.config import TrainConfig
+from lancet.training.train import train
 
 TEXT = "The Golden Gate Bridge is located in San Francisco."
 TEXTS = [
@@ -224,23 +223,16 @@ def test_generation_is_transformers_own(gemma: Model, long: bool) -> None:
 
 @pytest.fixture(scope="module")
 def trained(gemma: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder: 1,024 features at blocks.6.hook_resid_pre, trained on 100,000 tokens by the recipe's own code."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "smollm2"))
-    from train import train
-
-    out = tmp_path_factory.mktemp("sae")
-    texts = bench.neutral_texts(2000, seed=11)
-    probe = random_sae(gemma.d_model, 8, site=SITE)  # its features are of no interest, the values are
-    values = [piece.values[SITE] for piece in through(gemma, probe, [gemma.tokenize(text) for text in texts])]
-    mixed = torch.cat(values)
-    mixed = mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))][:TOKENS].contiguous()
-    assert len(mixed) == TOKENS
-    save_file({"values": mixed}, out / "shard-0000.safetensors")
-    settings = {"architecture": "batchtopk", "width": FEATURES, "k": 32, "batch": 512, "epochs": 8, "lr": 1e-3}
-    settings |= {"aux_coefficient": 0.03, "warm_up": 0.05, "decay": 0.2, "dead_window": 200}
-    facts = {"site": str(SITE), "model": "google/gemma-3-270m"}
-    train(settings, [out / "shard-0000.safetensors"], gemma.d_model, out, 0, facts)
-    return out / "sae"
+    """A folder: 1,024 features at blocks.6.hook_resid_pre, trained on 800,000 tokens of neutral text."""
+    folder = tmp_path_factory.mktemp("sae")
+    corpus = folder / "corpus.jsonl"
+    lines = [json.dumps({"text": text}) for text in bench.neutral_texts(2000, seed=11)]
+    corpus.write_text("\n".join(lines), encoding="utf-8")
+    config = TrainConfig(
+        sites=SITE, features=FEATURES, k=32, tokens=8 * TOKENS, batch=512, lr=1e-3, warm_up=0.05, decay=0.2,
+        aux=0.03, dead_window=200 * 512, buffer="disk",
+    )  # fmt: skip
+    return train(gemma, corpus, config, folder / "sae")[0]
 
 
 def test_self_test_passes_and_refuses_the_wrong_layer(gemma: Model, trained: Path) -> None:

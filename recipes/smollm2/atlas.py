@@ -9,19 +9,19 @@ Its text is the recipe's training text (WORK/texts.json). The size is a budget: 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tomllib
 from pathlib import Path
 
 import pyarrow.parquet as parquet
+from text import corpus
 
 import lancet
 from lancet.atlas.finish import write_tables
 from lancet.atlas.harvest import harvest
 from lancet.atlas.manifest import FILES, NAME
 from lancet.atlas.which import INSIDE
-from lancet.files import read_json, whole_file, whole_folder
+from lancet.files import whole_folder
 from lancet.loading import assets
 
 HERE = Path(__file__).parent
@@ -46,14 +46,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the recipe's texts")
     work = parser.parse_args().work
     recipe = tomllib.loads((HERE / "recipe.toml").read_text(encoding="utf-8"))
-    corpus, folder = work / "corpus.jsonl", work / "atlas"
-    if not corpus.is_file():
-        with whole_file(corpus) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for text in read_json(work / "texts.json")["train"]:
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    folder = work / "atlas"
     lab = lancet.open("smollm2", dtype="float32", device="cpu")
     if not (folder / NAME).is_file():
-        harvest(lab, corpus, folder, examples=recipe["atlas"]["examples"], say=print)
+        harvest(lab, corpus(work, "train"), folder, examples=recipe["atlas"]["examples"], say=print)
     packed(folder, assets() / "smollm2" / str(lab.sae().site) / INSIDE)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,19 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from score import batches, lines
 from text import as_chat
 from torch import Tensor
 
-from lancet import bench, effect, facts
+from lancet import bench, effect, facts, passes
 from lancet.algebra import Direction
 from lancet.edit import RowChange, Step
+from lancet.evaluation.lines import labelled
 from lancet.files import read_json, whole_file, write_json
 from lancet.generate import Sampling, rows
 from lancet.model import Model
 from lancet.sae import Features, Sae
 from lancet.scoring import auroc_of_ranks, ranks
+from lancet.tokens import Batch
 
 PARTS = 10
 CALIBRATION = ("I went to the grocery store to buy", "My friend told me that", "The best thing about today is")
@@ -86,6 +87,13 @@ class Contrast:
     norm: float
     tokens: int
     fires: tuple[Tensor, Tensor]  # as in Facts: ids and shares
+
+
+def batches(model: Model, texts: Sequence[str]) -> Iterator[tuple[Batch, list[int]]]:
+    """The texts in batches of like length, and which they are."""
+    rows = [model.tokenize(text) for text in texts]
+    for part in passes.alike(rows):
+        yield model.batch([rows[i] for i in part]), part
 
 
 def contrast(model: Model, sae: Sae, rounds: int = 2) -> Contrast:
@@ -417,7 +425,7 @@ def build(model: Model, sae: Sae, folder: Path, names: Sequence[str]) -> dict[st
     found, told, causes = measured(model, sae, folder / "measured.safetensors")
     print(f"norm {found.norm:.1f}, {found.tokens} tokens, effects done", flush=True)
     table: dict[str, Any] = {}
-    held_texts, held_labels = lines("heldout", 11)
+    held_texts, held_labels = labelled("heldout")
     maxima = np.zeros((len(held_texts), sae.d_sae), np.float32)
     for batch, part in batches(model, held_texts):
         x = model.values(batch, [sae.site])[sae.site]

@@ -1,6 +1,6 @@
 """Writes the package's assets: fp16 weights, configuration, facts, and the model card, out of the recipe's results.
 
-    python recipes/smollm2/ship.py --work WORK --scores SCORES.json --compare TITLE=NAME ...
+    python recipes/smollm2/ship.py --work WORK [--scores SCORES.json] [--compare TITLE=NAME ...]
 
 SCORES.json is what `lancet eval --json` printed for the shipped folder and whatever it is compared with, which has the
 NAME that it has there.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from lancet import bench
 from lancet.facts import Facts
 from lancet.files import read_json, whole_file, write_json
 from lancet.loading import assets, sae_from_folder
+from lancet.training.finish import RECORD
 
-HERE = Path(__file__).parent
 ROWS = {
     "explained_variance": "explained variance",
     "l0": "L0",
@@ -54,24 +53,25 @@ def weights(source: Path, target: Path) -> None:
     write_json(target / "cfg.json", read_json(source / "cfg.json") | {"device": "cpu"})
 
 
-def card(target: Path, recipe: dict[str, Any], training: dict[str, Any], columns: dict[str, dict[str, Any]]) -> str:
+def card(target: Path, training: dict[str, Any], columns: dict[str, dict[str, Any]]) -> str:
     """The model card, every figure out of files."""
     sae, known = sae_from_folder(target), Facts.load(target / "facts.safetensors")
+    config, rounds = training["config"], training["tokens"] / training["corpus"]["tokens"]
     lines = [
         f"# {sae.site} of SmolLM2-135M-Instruct",
         "",
-        f"A sparse autoencoder of {sae.d_sae:,} features ({sae.architecture}, trained as {recipe['sae']['architecture']} with "
-        f"k = {recipe['sae']['k']:g}) on the residual stream before block {sae.site.layer}, trained by `recipes/smollm2` in "
-        f"{training['minutes']:.0f} minutes on two processor cores: {training['tokens']:,} tokens in {training['steps']:,} "
-        f"steps of {recipe['sae']['batch']:,}, {recipe['sae']['epochs']:g} rounds through its text. The model's own pass was in "
-        f"{recipe['dtype']}, the start token left out. Weights are fp16 safetensors and load in sae-lens unchanged.",
+        f"A sparse autoencoder of {sae.d_sae:,} features ({sae.architecture}, trained as {config['arch']} with "
+        f"k = {training['sae']['k']:g}) on the residual stream before block {sae.site.layer}, trained by `recipes/smollm2` in "
+        f"{training['seconds'] / 60:.0f} minutes on two processor cores, the model's pass among them: {training['tokens']:,} tokens "
+        f"in {training['steps']:,} steps of {training['batch']:,}, {rounds:.1f} rounds through its text. The model's own pass was in "
+        f"{training['dtype']}, start tokens left out. Weights are fp16 safetensors and load in sae-lens unchanged.",
         "",
         "Text: the concept bench (one template in ten held out; the manual's examples in further expansions), English novels in "
         "the public domain, passages, and what the model itself wrote, chats among them.",
         "",
         "## Figures",
-        f"`lancet eval` on {columns['this']['tokens']:,} held-out tokens of the bench (losses on "
-        f"{columns['this']['loss_tokens']:,} of them), concepts on {columns['this']['lines']['heldout']} held-out lines; "
+        f"`lancet eval` on {columns['this']['tokens']:,} held-out tokens of novels, the bench and the model's own text (losses on "
+        f"{columns['this']['loss_tokens']:,} of them), concepts on {columns['this']['lines']['heldout']} held-out lines of the bench; "
         f"`docs/json.md` says what each figure is.",
         "",
         "| | " + " | ".join(columns) + " |",
@@ -122,15 +122,17 @@ def card(target: Path, recipe: dict[str, Any], training: dict[str, Any], columns
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="folder; left out, the package's own")
     parser.add_argument("--scores", type=Path, nargs="*", help="what `lancet eval --json` printed")
     parser.add_argument("--compare", nargs="*", default=[], metavar="TITLE=NAME", help="columns beside the shipped one")
     arguments = parser.parse_args()
-    recipe = tomllib.loads((HERE / "recipe.toml").read_text(encoding="utf-8"))
-    target = assets() / "smollm2" / recipe["site"]
-    weights(arguments.work / "sae" / "sae", target)
+    source = arguments.work / "sae"
+    training = read_json(source / RECORD)
+    target = arguments.out or assets() / "smollm2" / training["sae"]["site"]
+    weights(source, target)
     for name in ("facts.safetensors", "concepts.json"):
-        if (arguments.work / "sae" / name).exists():
-            shutil.copyfile(arguments.work / "sae" / name, target / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
     if not arguments.scores:
         return
     scores: dict[str, Any] = {}
@@ -140,9 +142,8 @@ def main() -> None:
     columns = {"this": scores[target.name]} | {
         title: scores[name] for title, name in (pair.split("=", 1) for pair in arguments.compare)
     }
-    training = read_json(arguments.work / "sae" / "training.json")
     with whole_file(target / "README.md") as temporary:
-        temporary.write_text(card(target, recipe, training, columns), encoding="utf-8")
+        temporary.write_text(card(target, training, columns), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""The texts that the bundled SAE is trained on and scored on: the bench, novels, and what the model itself wrote."""
+"""The texts that the bundled SAE is trained on and scored on: the bench, novels, and what the model itself wrote.
+
+Every chat in the template begins with the same system turn of 21 tokens; one in twenty keeps it. The tokens after it
+then have values that lie 4.1 % of their variance from those of chats as they are used (48 chats; 2.6 % with the turn
+kept, since corpora are read with plain text's start token); the first SAE
+explained 88.1 % of them instead of 88.7.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lancet import bench
+from lancet.files import read_json, whole_file, write_json
 from lancet.model import Model
 
+TEXTS = "texts.json"
+FILES = {"train": "corpus.jsonl", "heldout": "heldout.jsonl"}
 CHAT_LINE = re.compile(r"User: (.*?)\nAssistant: (.*)", re.DOTALL)
 
 
@@ -27,6 +36,17 @@ def as_chat(model: Model, text: str) -> str | None:
     if not messages:
         return None
     return str(model.tokenizer.apply_chat_template(messages, tokenize=False)).rstrip("\n")
+
+
+def system_turn(model: Model) -> str:
+    """What the template puts before every chat that has no system turn of its own."""
+    chat = str(model.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
+    return chat[: chat.index("<|im_start|>user")]
+
+
+def without_system_turns(texts: list[str], turn: str, kept: int) -> list[str]:
+    """The texts, of which one in `kept` keeps the system turn that it begins with."""
+    return [text if i % kept == 0 else text.removeprefix(turn) for i, text in enumerate(texts)]
 
 
 def novel_pieces(folder: Path, names: list[str], words: int) -> Iterator[str]:
@@ -86,4 +106,25 @@ def build(model: Model, recipe: dict[str, Any], novels: Path, self_written: Path
     heldout = sorted(set(heldout) - set(train))
     rng.shuffle(train)
     rng.shuffle(heldout)
-    return {"train": train, "heldout": heldout}
+    turn, kept = system_turn(model), settings["system_turn_kept"]
+    return {
+        "train": without_system_turns(train, turn, kept),
+        "heldout": without_system_turns(heldout, turn, kept),
+    }
+
+
+def write(texts: dict[str, list[str]], work: Path) -> None:
+    """Writes `work/texts.json`."""
+    write_json(work / TEXTS, texts)
+    print({part: len(lines) for part, lines in texts.items()}, flush=True)
+
+
+def corpus(work: Path, part: str) -> Path:
+    """One part of the texts as JSONL, a {"text"} a line, written from `work/texts.json` where it is not there yet."""
+    path = work / FILES[part]
+    if not path.is_file():
+        texts = read_json(work / TEXTS)[part]
+        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for text in texts:
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return path
