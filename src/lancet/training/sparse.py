@@ -62,7 +62,7 @@ class Pattern:
         )
 
 
-def _csr(starts: Tensor, inner: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def _csr(starts: Tensor, inner: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that sparse tensors are in beta
         return torch.sparse_csr_tensor(starts, inner, values, shape, check_invariants=False)
