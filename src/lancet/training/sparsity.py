@@ -136,6 +136,31 @@ def calibrate(sae: TrainingSAE[Any], batches: Sequence[Tensor], k: float) -> Cal
         return Calibration(before, _l0(sae, batches), form.changed, by)
 
 
+def start_sparse(sae: TrainingSAE[Any], batches: Sequence[Tensor], l0: float) -> None:
+    """Sets the first thresholds (jumprelu) or biases (gated, standard) so that the mean L0 of these activations is l0.
+
+    Fresh weights let half of all features fire. A penalty brings that down only as fast as thresholds move, a learning
+    rate at a step, and drowns the reconstruction meanwhile: after 500,000 tokens four fifths of JumpReLU's features
+    were dead. The TopK families need none of it.
+
+    Args:
+        sae: of fresh weights; changed in place.
+        batches: [tokens, d_in] each, scaled as the SAE takes them.
+
+    Raises:
+        UsageError: no tokens, or an l0 that is not between 0 and d_sae.
+    """
+    import torch
+
+    architecture = sae.cfg.architecture()
+    if architecture in ("jumprelu", "gated"):
+        calibrate(sae, batches, l0)
+    elif architecture == "standard":
+        with torch.no_grad():
+            held: Any = sae
+            held.b_enc.sub_(_cut(lambda x: _pre(sae, x), 0.0, batches, round(l0 * sum(map(len, batches)))))
+
+
 # ---- each architecture's scores: an entry fires if and only if its score is above the cut ---------------------------
 
 

@@ -301,7 +301,7 @@ class _Run:
                 raise UsageError(f"all activations at {site} are 0; choose another --site")
             for learner in self.learners:
                 if learner.spec.site == site:
-                    learner.begin(mean, norm)
+                    learner.begin(mean, norm, feed[0] if len(feed) else feed.left().float())
 
     def _round(self, feeds: dict[Site, Feed], index: int) -> None:
         """The batches with a number in the block, of each site, unless they were trained on before."""

@@ -14,7 +14,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from lancet.errors import DivergedError
 from lancet.training.architectures import training_sae
-from lancet.training.sparsity import Controller, calibrate
+from lancet.training.sparsity import Controller, calibrate, start_sparse
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lancet.training.config import Spec, TrainConfig
 
+FIRST = 2  # times k: L0 of fresh weights where a penalty is steered
 WINDOW = 1000  # steps over which sae-lens counts how often a feature fires
 COUNTERS = ("n_training_samples", "n_training_steps", "n_frac_active_samples")
 
@@ -88,17 +89,21 @@ class Learner:
     def is_done(self) -> bool:
         return self.step_number >= self.steps
 
-    def begin(self, mean: Tensor, norm: float) -> None:
-        """Sets the scale in which the SAE is trained, and its decoder's bias to the mean.
+    def begin(self, mean: Tensor, norm: float, sample: Tensor) -> None:
+        """Sets the scale in which the SAE is trained, its decoder's bias to the mean, and where a penalty is steered
+        the first L0.
 
         Args:
             mean: [d_in] of activations; norm: the mean of their norms. After Anthropic's April 2024 update, inputs are
                 scaled so that this is sqrt(d_in).
+            sample: [n, d_in] some of them.
         """
         sae = self.trainer.sae
         factor = math.sqrt(sae.cfg.d_in) / norm
         self.trainer.activation_scaler.scaling_factor = factor
         sae.b_dec.data.copy_(mean * factor)
+        if self.controllers:
+            start_sparse(sae, [sample * factor], min(FIRST * self.spec.k, self.spec.features / 2))
 
     def step(self, batch: Tensor, figures: bool = False) -> None:
         """One step on raw activations [batch, d_in].
