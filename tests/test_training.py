@@ -208,7 +208,9 @@ def test_weights_are_those_of_sae_lens_own_loop(model: Model, plain: Path, tmp_p
         rest = {site: feed.left()}
     torch.manual_seed(0)
     sae = training_sae("batchtopk", 64, 96, 6.0)
-    settings = SAETrainerConfig(1600, 64, lr=2e-3, lr_end=2e-3, lr_decay_steps=7, dead_feature_window=1_000_000 // 64)
+    settings = SAETrainerConfig(
+        1600, 64, lr=2e-3, lr_end=2e-3, lr_warm_up_steps=2, lr_decay_steps=7, dead_feature_window=160 // 64
+    )
     theirs = SAETrainer(settings, sae, data_provider=iter(given))
     theirs.activation_scaler.scaling_factor = factor
     sae.b_dec.data.copy_(mean * factor)

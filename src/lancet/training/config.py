@@ -80,7 +80,7 @@ class TrainConfig:
         seeds: Of the first weights; may be given several times. The order of the text is the same for all.
         arch: The architecture: batchtopk, topk, matryoshka, jumprelu, standard (L1), gated.
         tokens: Train on so many, such as 50M, going through the corpus again where it is shorter; left out, once.
-        batch: Tokens of a step; left out, 4,096, or less where memory is short.
+        batch: Tokens of a step; left out, 4,096, or less where memory is short or fewer than 400 steps would be made.
         lr: Adam's learning rate.
         warm_up: Share of the steps over which the learning rate rises from 0.
         decay: Share of the steps, the last ones, over which it falls to 0.
@@ -88,7 +88,7 @@ class TrainConfig:
         field: The field or column of the corpus that holds the text.
         buffer: memory, or disk to keep activations (bfloat16), so that later rounds need no model.
         memory: What all may take, such as 10GB; auto is half of what is free.
-        dead_window: A feature that was silent for so many tokens is dead, and the auxiliary loss revives it.
+        dead_window: A feature silent for so many tokens is dead, and is revived; left out, a tenth of all, at most 1M.
         aux: Weight of the auxiliary loss for dead features.
         widths: Inner widths of a matryoshka SAE, such as 512; given several times, rising.
         sparsity: Coefficient of the sparsity loss; left out, it is steered until k features are active.
@@ -107,13 +107,13 @@ class TrainConfig:
     tokens: int | None = _setting(None, _count)
     batch: int | None = _setting(None, _count)
     lr: float = _setting(3e-4, _number)
-    warm_up: float = _setting(0.02, _number)
+    warm_up: float = _setting(0.1, _number)
     decay: float = _setting(0.3, _number)
     length: int | None = _setting(None, _count)
     field: str = _setting("text", _text)
     buffer: str = _setting("memory", _text)
     memory: str = _setting("auto", _text)
-    dead_window: int = _setting(1_000_000, _count)
+    dead_window: int | None = _setting(None, _count)
     aux: float = _setting(1.0, _number)
     widths: tuple[int, ...] = _setting((), _several(_width))
     sparsity: float | None = _setting(None, _number)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from lancet.training.config import Spec, TrainConfig
 
+WINDOW_MOST = 1_000_000  # tokens of silence, at most, after which a feature is dead
+FASTEST = 20  # e-folds of a coefficient that a controller may make in all
 FIRST = 2  # times k: L0 of fresh weights where a penalty is steered
 WINDOW = 1000  # steps over which sae-lens counts how often a feature fires
 COUNTERS = ("n_training_samples", "n_training_steps", "n_frac_active_samples")
@@ -71,13 +73,16 @@ class Learner:
             lr_warm_up_steps=warm_up,
             lr_decay_steps=int(steps * config.decay),
             device=str(device),
-            dead_feature_window=max(1, config.dead_window // batch),
+            dead_feature_window=max(1, (config.dead_window or min(WINDOW_MOST, steps * batch // 10)) // batch),
             feature_sampling_window=max(1, min(WINDOW, steps // 4)),
         )
         trainer: SAETrainer[Any, Any] = SAETrainer(settings, sae, data_provider=iter(()))
         trainer.optimizer.param_groups[0].update(fused=True, foreach=False)
         steered = trainer.coefficient_schedulers if config.sparsity is None else {}
-        controllers = {name: Controller(spec.k, each.final_value, wait=warm_up) for name, each in steered.items()}
+        controllers = {
+            name: Controller(spec.k, each.final_value, wait=warm_up, rate=max(0.01, FASTEST / steps))
+            for name, each in steered.items()
+        }
         return cls(spec, trainer, steps, controllers)
 
     @property
