@@ -102,6 +102,7 @@ class Encode(torch.autograd.Function):
         b_dec: Tensor | None,
         pattern: Pattern | None,
     ) -> Tensor:
+        """The values at the entries."""
         ctx.save_for_backward(x, W_enc)  # type: ignore[attr-defined]
         ctx.pattern, ctx.biases = pattern, (b_enc is not None, b_dec is not None)  # type: ignore[attr-defined]
         return pre.view_as(pre)
@@ -109,6 +110,7 @@ class Encode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The gradients of what `forward` takes."""
         x, W_enc = ctx.saved_tensors
         pattern: Pattern | None = ctx.pattern
         grad_W = grad.t() @ x if pattern is None else pattern.transposed(grad) @ x
@@ -122,6 +124,7 @@ class Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor, W_dec: Tensor, pattern: Pattern) -> Tensor:
+        """The decoded rows [n, d_in]."""
         ctx.save_for_backward(values, W_dec)  # type: ignore[attr-defined]
         ctx.pattern = pattern  # type: ignore[attr-defined]
         return pattern.matrix(values) @ W_dec
@@ -129,6 +132,7 @@ class Decode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The gradients of what `forward` takes."""
         values, W_dec = ctx.saved_tensors
         return ctx.pattern.at(grad, W_dec), ctx.pattern.transposed(values) @ grad, None
 

@@ -136,29 +136,40 @@ def calibrate(sae: TrainingSAE[Any], batches: Sequence[Tensor], k: float) -> Cal
         return Calibration(before, _l0(sae, batches), form.changed, by)
 
 
-def start_sparse(sae: TrainingSAE[Any], batches: Sequence[Tensor], l0: float) -> None:
-    """Sets the first thresholds (jumprelu) or biases (gated, standard) so that the mean L0 of these activations is l0.
+def start_sparse(sae: TrainingSAE[Any], sample: Tensor, l0: float) -> None:
+    """Sets the first thresholds (jumprelu) or biases (gated, standard) of fresh weights so that each feature fires on
+    the same share of these activations, l0 of them on a token.
 
     Fresh weights let half of all features fire. A penalty brings that down only as fast as thresholds move, a learning
-    rate at a step, and drowns the reconstruction meanwhile: after 500,000 tokens four fifths of JumpReLU's features
-    were dead. The TopK families need none of it.
+    rate at a step, and drowns the reconstruction meanwhile; with one threshold for all, most features would never fire
+    and die. The TopK families need none of it.
 
     Args:
-        sae: of fresh weights; changed in place.
-        batches: [tokens, d_in] each, scaled as the SAE takes them.
-
-    Raises:
-        UsageError: no tokens, or an l0 that is not between 0 and d_sae.
+        sae: changed in place.
+        sample: [tokens, d_in], scaled as the SAE takes them.
     """
     import torch
 
-    architecture = sae.cfg.architecture()
-    if architecture in ("jumprelu", "gated"):
-        calibrate(sae, batches, l0)
-    elif architecture == "standard":
-        with torch.no_grad():
-            held: Any = sae
-            held.b_enc.sub_(_cut(lambda x: _pre(sae, x), 0.0, batches, round(l0 * sum(map(len, batches)))))
+    held: Any = sae
+    with torch.no_grad():
+        pre = _pre(held, sample[:ROWS]) if hasattr(held, "b_enc") else held.process_sae_in(sample[:ROWS]) @ held.W_enc
+        fired = max(1, round(l0 / held.cfg.d_sae * len(pre)))
+        cut = pre.topk(min(fired + 1, len(pre)), dim=0).values[-1]
+        architecture = held.cfg.architecture()
+        if architecture == "jumprelu":
+            held.threshold.copy_(cut.clamp_min(1e-3))
+        elif architecture == "gated":
+            held.b_gate.copy_(-cut)
+        elif architecture == "standard":
+            held.b_enc.sub_(cut)
+
+
+def single_threshold(sae: TrainingSAE[Any], batches: Sequence[Tensor], k: float) -> float:
+    """The threshold above which a standard SAE's mean L0 on these activations is k; 0 where fewer fire anyway."""
+    import torch
+
+    with torch.no_grad():
+        return _cut(lambda x: _pre(sae, x), 0.0, batches, round(k * sum(map(len, batches))))
 
 
 # ---- each architecture's scores: an entry fires if and only if its score is above the cut ---------------------------
