@@ -249,6 +249,24 @@ def test_sae_lens_and_lancet_open_it_unchanged(model: Model, plain: Path) -> Non
     assert rows[0] == "step,tokens,loss,l0,explained,dead,lr,coefficient" and rows[1].startswith("25,1600,")
 
 
+@pytest.mark.parametrize("arch", ["standard", "gated", "jumprelu"])
+def test_k_is_what_is_saved(arch: str, model: Model, corpus: Path, tmp_path: Path) -> None:
+    """Whatever the architecture; a standard SAE comes out as a JumpReLU one, where the penalty alone did not do it."""
+    from sae_lens import SAE
+
+    tokens = 12_800 if arch == "standard" else 1600  # a penalty needs steps to come near
+    (folder,) = train(model, corpus, TrainConfig(**SMALL, tokens=tokens, arch=arch), tmp_path / "sae")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = SAE.load_from_disk(folder)
+    ours, _ = open_sae(model, str(folder), anyway=True)
+    x = alone(model, ours.site)
+    acts = theirs.encode(x)
+    assert float((acts > 0).sum(1).float().mean()) == pytest.approx(6, abs=0.9)
+    torch.testing.assert_close(ours.encode(x), acts, rtol=1e-5, atol=1e-5)
+    assert theirs.cfg.architecture() == ("jumprelu" if arch == "standard" else arch)
+
+
 @pytest.mark.parametrize("kind", ["blocks.1.attn.hook_z", "blocks.1.hook_mlp_out"])
 def test_other_kinds_of_site(kind: str, model: Model, corpus: Path, tmp_path: Path) -> None:
     from sae_lens import SAE

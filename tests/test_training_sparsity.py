@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lancet.errors import UsageError
 from lancet.training.architectures import ARCHITECTURES, PENALTIES, training_sae
-from lancet.training.sparsity import Controller, calibrate
+from lancet.training.sparsity import Controller, calibrate, single_threshold, start_sparse
 
 D_IN, D_SAE, K = 32, 64, 6
 
@@ -112,6 +112,31 @@ def test_calibration_sets_the_saved_saes_l0(arch: str, rescale: bool, tmp_path: 
         assert abs(found.before / K - 1) > 0.1
         assert changed - {"threshold"} <= {"topk_threshold", "b_gate"}
         assert found.changed
+
+
+@pytest.mark.parametrize("arch", PENALTIES)
+def test_fresh_features_fire_alike_often(arch: str) -> None:
+    truth = Truth()
+    sae: Any = training_sae(arch, D_IN, D_SAE, K)
+    sample = truth(1600)
+    before = (sae.encode(sample) > 0).float().mean(0)
+    start_sparse(sae, sample, 2 * K)
+    after = (sae.encode(sample) > 0).float().mean(0)
+    assert before.mean() > 2 * 2 * K / D_SAE
+    share = 2 * K / D_SAE
+    assert after.mean() == pytest.approx(share, rel=0.1)
+    assert after.max() <= share + 2 / 1600 and (after > share / 2).float().mean() > 0.9
+    fresh = truth(1600)
+    assert (sae.encode(fresh) > 0).float().sum(1).mean() == pytest.approx(2 * K, rel=0.25)
+
+
+def test_the_single_threshold_of_a_standard_sae() -> None:
+    truth, sae = Truth(), wandered("standard")
+    batches = [truth(300), truth(100)]
+    cut = single_threshold(sae, batches, 2.0)
+    acts = sae.encode(torch.cat(batches))
+    assert cut > 0 and int((acts > cut).sum()) == 800
+    assert single_threshold(sae, batches, D_SAE - 1) == 0
 
 
 def test_the_threshold_is_the_quantile() -> None:

@@ -233,7 +233,8 @@ class Learner:
 
 def _as_jumprelu(folder: Path, threshold: float) -> None:
     """Gives a saved standard SAE one threshold for all features, as sae-lens does with BatchTopK: a penalty comes near
-    the L0 that was asked for, and what fires weakest can go at little loss (0.704 to 0.696 of the variance, L0 47 to 32).
+    the L0 that was asked for, and what fires weakest can go at little loss (0.704 to 0.696 of the variance where L0
+    went from 47 to 32).
     """
     weights, config = load_file(folder / "sae_weights.safetensors"), read_json(folder / "cfg.json")
     weights["threshold"] = torch.full_like(weights["b_enc"], threshold)
