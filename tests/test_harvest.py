@@ -223,10 +223,11 @@ def test_facts_are_of_the_corpus(model: Model, plain: Path, monkeypatch: pytest.
     shutil.copytree(plain, place.default(lab.sae().name))
     assert torch.equal(lab.facts().maximum, facts.maximum)
     assert torch.equal(lab.facts(harvested=False).maximum, torch.full((FEATURES,), 9.0))
-    other = lab_of(model)
-    monkeypatch.setattr(other.model, "name", "another")
-    assert torch.equal(other.facts().maximum, facts.maximum)  # the very weights, under another name
-    monkeypatch.setattr(fingerprint, "of_model", lambda model: "other weights")
+    renamed = lab_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(renamed.model, "name", "another")
+        assert torch.equal(renamed.facts().maximum, facts.maximum)  # the very weights, under another name
+    monkeypatch.setattr(fingerprint, "of_model", lambda model: "trained on since")  # other weights, under the same name
     other = lab_of(model)
     other._own_facts.clear()
     assert other.facts().tokens != facts.tokens

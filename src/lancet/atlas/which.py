@@ -75,12 +75,8 @@ def facts(model: Model, sae: Sae, shipped: Path | None = None) -> Path | None:
     found = of(sae, shipped)
     if found is None or not (found.folder / FACTS).is_file():
         return None
-    told = found.manifest.told["model"]
-    return (
-        found.folder / FACTS
-        if model.name == told["name"] or fingerprint.of_model(model) == told["fingerprint"]
-        else None
-    )
+    is_its = fingerprint.of_model(model) == found.manifest.told["model"]["fingerprint"]
+    return found.folder / FACTS if is_its else None
 
 
 def _fits(atlas: Atlas, folder: Path | None) -> bool:

@@ -22,7 +22,7 @@ LARGEST = 4 * BLOCK  # and where --memory has room for more
 LEAST = 4  # batches that a buffer holds at least
 STATE = 16  # bytes of a parameter: itself, its gradient and Adam's two moments in float32
 DENSE = 10  # arrays [batch, features] in float32 that a step holds at once
-SPARSE = 4  # and in the TopK families, which never hold the activations dense
+SPARSE = 4  # and in the TopK families on a processor, where activations are never held dense
 ONCE = 0.999  # of the corpus, where it is gone through once: tokens that are left out would begin a second round
 WIDE = 30  # arrays [tokens, width] that a pass of the model holds at once, the MLP's wider ones counted as several
 
@@ -68,7 +68,8 @@ def plan(model: Model, config: TrainConfig) -> Memory:
     item = 2 if config.buffer == "disk" else model.dtype.itemsize
     row = sum(item * width + 32 for width in widths.values())  # and its norm, its place in the order
 
-    dense = SPARSE if config.arch in ("topk", "batchtopk", "matryoshka") else DENSE
+    is_sparse = config.arch in ("topk", "batchtopk", "matryoshka") and model.device.type == "cpu"
+    dense = SPARSE if is_sparse else DENSE
 
     def needs(specs: Sequence[Spec], batch: int, block: int) -> Memory:
         counts = [2 * widths[spec.site] * spec.features + 2 * spec.features + widths[spec.site] for spec in specs]

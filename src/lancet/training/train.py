@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lancet import fingerprint
+from lancet import fingerprint, names
 from lancet.atlas import plan as plans
 from lancet.atlas.corpus import Bad, sources
 from lancet.errors import DivergedError, UsageError
@@ -330,7 +330,7 @@ class _Run:
     def _finish(self, finished: bool) -> None:
         self.place.seconds = self.before + time.monotonic() - self.begin
         facts = {
-            "model_name": self.model.name,
+            "model_name": names.hub_id(self.model.name) or self.model.name,
             "prepend_bos": self.model.start_plain is not None,
             "context_size": plans.piece_length(self.model, self.config.length),
             "model_from_pretrained_kwargs": asdict(self.model.processed),
