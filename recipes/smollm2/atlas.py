@@ -53,8 +53,8 @@ def card(folder: Path, out: Path) -> None:
         f"{HEADING}\n\n`atlas/` is what {counted['tokens']:,} tokens of the training text ({counted['documents']:,} "
         f"documents) say about each feature, {megabytes:.1f} MB (`recipes/smollm2/atlas.py`): up to "
         f"{told['examples'][0]} of the strongest examples and {told['examples'][1]} of each fifth of the range. It is "
-        f"text that the SAE was trained on, and many of the strongest examples are one template of the bench in several "
-        f"forms. `lancet card 5743` shows it.\n\n"
+        f"text that the SAE was trained on, and many of the strongest examples are one template of the bench in "
+        f"several forms. `lancet card 5743` shows it.\n\n"
     )
     with whole_file(path) as temporary:
         temporary.write_text(f"{before}\n\n{section}{doses}{after}", encoding="utf-8")
