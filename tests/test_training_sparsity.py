@@ -40,7 +40,7 @@ def test_the_controller_brings_l0_to_k(arch: str) -> None:
     sae: Any = training_sae(arch, D_IN, D_SAE, K)
     optimiser = torch.optim.Adam(sae.parameters(), lr=rate)
     penalty = PENALTIES[arch]
-    controller, coefficient, seen = Controller(K, penalty.start), penalty.start, []
+    controller, coefficient, seen = Controller(K, penalty.start, gain=penalty.gain), penalty.start, []
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = rate * min(1.0, (steps - step) / (0.2 * steps))
         output = sae.training_forward_pass(TrainStepInput(truth(128), {penalty.name: coefficient}, None, step, False))
@@ -73,6 +73,8 @@ def test_the_controller_waits_is_bounded_and_resumes() -> None:
     for bad in ((0, 1.0), (32, 0.0), (math.nan, 1.0)):
         with pytest.raises(UsageError, match="above 0"):
             Controller(*bad)
+    with pytest.raises(UsageError, match="gain"):
+        Controller(32, 1.0, gain=0)
 
 
 def wandered(arch: str) -> Any:

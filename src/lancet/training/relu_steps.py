@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens.saes.jumprelu_sae import JumpReLU, JumpReLUTrainingSAE, calculate_pre_act_loss, rectangle
+from sae_lens.saes.jumprelu_sae import JumpReLU, JumpReLUTrainingSAE, rectangle
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.standard_sae import StandardTrainingSAE
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lancet.training.sparse import DENSE_ABOVE, Decode, Fast, Pattern, entries, squared_error
+from lancet.training.sparse import DENSE_ABOVE, Decode, Fast, Pattern, dead_loss, entries, squared_error
+
+AUXILIARY = "auxiliary_reconstruction_loss"  # as sae-lens' TopK families log it
 
 
 def _output(target: Tensor, out: Tensor, acts: Tensor, pre: Tensor, extra: dict[str, Tensor]) -> TrainStepOutput:
@@ -103,12 +105,21 @@ class _Count(torch.autograd.Function):
 
 
 class FastJumpReLU(Fast, JumpReLUTrainingSAE):
-    """`JumpReLUTrainingSAE`, computed sparsely once few features fire."""
+    """`JumpReLUTrainingSAE`, computed sparsely once few features fire, with the TopK families' loss for dead features.
+
+    sae-lens' own for them, Anthropic's pre-activation loss, pushes them all the same way, towards the mean of the
+    tokens; in the few steps of a training at home it woke none (`docs/training.md`).
+
+    Attributes:
+        aux: weight of the loss for dead features.
+    """
+
+    aux: float = 0.0
 
     def training_forward_pass(self: Any, step_input: TrainStepInput) -> TrainStepOutput:
         """sae-lens' step; `feature_acts` may be a sparse COO tensor without a graph."""
-        target = step_input.sae_in
-        if target.device.type != "cpu" or self.cfg.jumprelu_sparsity_loss_mode == "tanh":
+        target, mode = step_input.sae_in, self.cfg.jumprelu_sparsity_loss_mode
+        if target.device.type != "cpu" or mode != "step" or self.cfg.pre_act_loss_coefficient is not None:
             return super().training_forward_pass(step_input)
         threshold, bandwidth, to_input = self.threshold, self.bandwidth, self.cfg.jumprelu_ste_to_input
         threshold.data.clamp_(min=0.0)
@@ -127,20 +138,31 @@ class FastJumpReLU(Fast, JumpReLUTrainingSAE):
         hidden = self.with_gradient(kept, x, self.b_enc, pattern)
         out = _DecodeJump.apply(hidden, self.W_dec, threshold, at) + self.b_dec
         count: Tensor = _Count.apply(hidden, threshold, at)  # type: ignore[assignment]
-        if self.cfg.jumprelu_sparsity_loss_mode == "quadratic":
-            count = 2 / self.cfg.target_l0 * (count - self.cfg.target_l0) ** 2
-        extra = {"l0_loss": step_input.coefficients["l0"] * count.mean()}
-        if self.cfg.pre_act_loss_coefficient is not None:
-            extra["pre_act_loss"] = self._dead_loss(step_input, x, pre)
+        extra = {"l0_loss": (step_input.coefficients["l0"] * count).mean()}
+        if self.aux > 0:
+            dead = self._dead(step_input)
+            extra[AUXILIARY] = self._auxiliary(
+                self.with_gradient(pre[:, dead], x, self.b_enc, None, dead), dead, target, out
+            )
         acts = Pattern(rows[at.lit], cols[at.lit], pattern.shape).coo(kept[at.lit])
         return _output(target, out, acts, pre, extra)
 
-    def _dead_loss(self: Any, step_input: TrainStepInput, x: Tensor, pre: Tensor) -> Tensor:
+    def calculate_aux_loss(
+        self: Any, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """sae-lens' losses, and the one for dead features."""
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)  # type: ignore[misc]
+        if self.aux > 0:
+            dead = self._dead(step_input)
+            losses[AUXILIARY] = self._auxiliary(hidden_pre[:, dead], dead, step_input.sae_in, sae_out)
+        return losses
+
+    def _dead(self: Any, step_input: TrainStepInput) -> Tensor:
         mask = step_input.dead_neuron_mask
-        dead = torch.empty(0, dtype=torch.long) if mask is None else mask.nonzero()[:, 0]
+        return torch.empty(0, dtype=torch.long) if mask is None else mask.nonzero()[:, 0]
+
+    def _auxiliary(self: Any, pre: Tensor, dead: Tensor, target: Tensor, out: Tensor) -> Tensor:
         if not len(dead):
-            return pre.new_tensor(0.0)
-        hidden = self.with_gradient(pre[:, dead], x, self.b_enc, None, dead)
-        norms = self.W_dec[dead].norm(dim=1)
-        everyone = torch.ones(len(dead), dtype=torch.bool)
-        return calculate_pre_act_loss(self.cfg.pre_act_loss_coefficient, self.threshold[dead], hidden, everyone, norms)
+            return out.new_tensor(0.0)
+        # Without the ReLU a feature would be asked to rebuild with a negative activation, which it can never have.
+        return self.aux * dead_loss(pre.relu(), pre.detach(), self.W_dec[dead], (target - out).detach())

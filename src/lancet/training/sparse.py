@@ -169,3 +169,17 @@ class Fast:
 def squared_error(out: Tensor, target: Tensor) -> Tensor:
     """The squared distance [n, d_in] to [n, d_in], averaged over tokens."""
     return (out - target).pow(2).sum(dim=-1).mean()
+
+
+def dead_loss(pre: Tensor, scores: Tensor, W_dec: Tensor, residual: Tensor) -> Tensor:
+    """AuxK (arXiv 2406.04093, A.2) as sae-lens has it: dead features rebuild what the others left of the input.
+
+    Args:
+        pre: [n, dead] what dead features write with; scores: the same shape, by which the d_in / 2 highest are chosen.
+        W_dec: [dead, d_in] their rows.
+        residual: [n, d_in] without a graph.
+    """
+    dead, most = len(W_dec), residual.shape[-1] // 2
+    chosen = scores.topk(min(most, dead), sorted=False).indices
+    kept = torch.zeros_like(pre).scatter(1, chosen, pre.gather(1, chosen))
+    return min(dead / most, 1.0) * squared_error(kept @ W_dec, residual)

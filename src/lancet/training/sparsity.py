@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ROWS = 2048  # tokens whose activations of all features are held at once
 FAST, SLOW = 0.1, 0.02  # weights of a new error in the controller's two running means
 AHEAD = 5.0  # what is looked ahead, in differences of the two: some 200 steps
+WIDEST = 1.0  # error that the proportional part answers, at most
 FARTHEST = math.log(1000)  # of the coefficient from its start
 
 
@@ -28,25 +29,27 @@ class Controller:
     """Moves a penalty's coefficient so that L0 comes to a target.
 
     A controller of the coefficient's logarithm on the error log(L0 / target). L0 follows the coefficient late, since
-    weights must move first. So a proportional part answers at once, and the integral takes the error as it will be if
-    L0 goes on as it does (from two running means of it): it waits while L0 is on its way. It is deterministic, and
-    `state` is all that it knows.
+    weights must move first. So a proportional part answers at once, up to `gain` times an error of `WIDEST`, and the
+    integral takes the error as it will be if L0 goes on as it does (from two running means of it): it waits while L0 is
+    on its way. It is deterministic, and `state` is all that it knows.
 
     Args:
         target: the L0 to come to.
         start: the coefficient to start from.
         wait: updates that are answered with `start` alone: a warm-up of the coefficient or of the learning rate.
         rate: the most by which the integral moves at one update; 0.01 is an e-fold in 100 steps.
+        gain: of the proportional part.
 
     Raises:
-        UsageError: a target, start or rate that is not above 0.
+        UsageError: a target, start, rate or gain that is not above 0.
     """
 
-    def __init__(self, target: float, start: float, *, wait: int = 0, rate: float = 0.01) -> None:
-        for name, value in (("target L0", target), ("coefficient to start from", start), ("rate", rate)):
+    def __init__(self, target: float, start: float, *, wait: int = 0, rate: float = 0.01, gain: float = 1.0) -> None:
+        given = (("target L0", target), ("coefficient to start from", start), ("rate", rate), ("gain", gain))
+        for name, value in given:
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"the {name} must be a finite number above 0; got {value:g}")
-        self.target, self.start, self.wait, self.rate = target, start, wait, rate
+        self.target, self.start, self.wait, self.rate, self.gain = target, start, wait, rate, gain
         self.integral, self.fast, self.slow, self.seen = 0.0, 0.0, 0.0, 0
 
     def update(self, l0: float) -> float:
@@ -64,7 +67,7 @@ class Controller:
         self.integral += max(-self.rate, min(self.rate, 2 * self.rate * ahead))
         # Where the learning rate holds L0 back, a coefficient that ran away would drown the other losses for long.
         self.integral = max(-FARTHEST, min(FARTHEST, self.integral))
-        return self.start * math.exp(self.integral + max(-1.0, min(1.0, self.fast)))
+        return self.start * math.exp(self.integral + self.gain * max(-WIDEST, min(WIDEST, self.fast)))
 
     def state(self) -> dict[str, float]:
         """All that it knows, for a checkpoint."""

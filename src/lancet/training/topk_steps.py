@@ -15,7 +15,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 
-from lancet.training.sparse import Decode, Fast, Pattern, entries, squared_error
+from lancet.training.sparse import Decode, Fast, Pattern, dead_loss, entries, squared_error
 
 SAMPLED = 61  # one entry of so many is looked at for a first bound; a prime, so that it goes through all columns
 
@@ -40,7 +40,7 @@ class _TopKStep(Fast):
         pre = kept if norms is None else kept / norms[pattern.cols]
         values = self.with_gradient(pre, x, self.b_enc, pattern)
         out, losses = self.reconstruct(target, values, pattern)
-        losses["auxiliary_reconstruction_loss"] = self.dead_loss(step_input, x, out, scored, norms)
+        losses["auxiliary_reconstruction_loss"] = self.auxiliary(step_input, x, out, scored, norms)
         acts = pattern.coo(kept)
         return TrainStepOutput(
             sae_in=target,
@@ -67,22 +67,18 @@ class _TopKStep(Fast):
         """Keeps what the class keeps between steps; gives what it logs."""
         return {}
 
-    def dead_loss(
+    def auxiliary(
         self: Any, step_input: TrainStepInput, x: Tensor, out: Tensor, scored: Tensor, norms: Tensor | None
     ) -> Tensor:
-        """sae-lens' auxiliary loss (dead features rebuild the residual), on the dead columns alone."""
+        """sae-lens' auxiliary loss, on the dead columns alone."""
         mask = step_input.dead_neuron_mask
         if mask is None or not bool(mask.any()):
             return out.new_tensor(0.0)
         dead = mask.nonzero()[:, 0]
-        most = x.shape[-1] // 2
-        scale, k = min(len(dead) / most, 1.0), min(most, len(dead))
         scores = scored[:, dead]
-        chosen = scores.topk(k, sorted=False).indices
         pre = self.with_gradient(scores if norms is None else scores / norms[dead], x, self.b_enc, None, dead)
-        kept = torch.zeros_like(pre).scatter(1, chosen, pre.gather(1, chosen))
         residual = (step_input.sae_in - out).detach()
-        return self.cfg.aux_loss_coefficient * scale * squared_error(kept @ self.W_dec[dead], residual)
+        return self.cfg.aux_loss_coefficient * dead_loss(pre, scores, self.W_dec[dead], residual)
 
 
 class _BatchTopKStep(_TopKStep):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lancet.errors import DivergedError
 from lancet.files import read_json, whole_file, write_json
-from lancet.training.architectures import training_sae
+from lancet.training.architectures import PENALTIES, training_sae
 from lancet.training.sparsity import Controller, calibrate, single_threshold, start_sparse
 
 if TYPE_CHECKING:
@@ -80,7 +80,10 @@ class Learner:
         trainer: SAETrainer[Any, Any] = SAETrainer(settings, sae, data_provider=iter(()))
         trainer.optimizer.param_groups[0].update(fused=True, foreach=False)
         steered = trainer.coefficient_schedulers if config.sparsity is None else {}
-        controllers = {name: Controller(spec.k, each.final_value, wait=warm_up) for name, each in steered.items()}
+        controllers = {
+            name: Controller(spec.k, each.final_value, wait=int(each.warm_up_steps), gain=PENALTIES[config.arch].gain)
+            for name, each in steered.items()
+        }
         return cls(spec, trainer, steps, controllers)
 
     @property
