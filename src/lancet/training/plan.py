@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lancet.training.config import Spec, TrainConfig
 
 BATCHES = (4096, 2048, 1024, 512, 256)
-STEPS = 400  # at least, rather than large batches: 500,000 tokens in 244 steps left 25% dead, in 488 12%
+STEPS = 800  # at least, rather than large batches: see docs/training.md
 BLOCK = 131_072  # tokens of the buffer where nothing else is said
 LARGEST = 4 * BLOCK  # and where --memory has room for more
 LEAST = 4  # batches that a buffer holds at least
