@@ -216,7 +216,8 @@ def test_refusals(one: Path, trained: Path, scored: Path, tmp_path: Path) -> Non
     refuses(UsageError, "trained on a model in a folder .*--base-model OWNER/NAME", base_model=None)
     refuses(UnknownName, "unknown model", base_model="./here")
     refuses(UsageError, "no folder", tmp_path / "nothing")
-    refuses(UsageError, "holds no trained SAE", tmp_path)
+    (tmp_path / "empty" / "wandb").mkdir(parents=True)
+    refuses(UsageError, "holds no trained SAE", tmp_path / "empty")
     refuses(UsageError, r"'a--b/c' is no repository's name", repo="a--b/c")
     refuses(UsageError, "write it as USER/REPO", repo="name")
     refuses(UsageError, "holds other things than an earlier preparation", out=one)
@@ -234,7 +235,7 @@ def test_refusals(one: Path, trained: Path, scored: Path, tmp_path: Path) -> Non
     edited(one, "training.json", **record | {"model": {"name": "gpt2-small", "fingerprint": "x"}})
     refuses(MismatchError, f"trained on openai-community/gpt2, and --base-model says {BASE}")
     edited(one, "training.json", **record | {"finished": False})
-    refuses(UsageError, "was stopped after 320 tokens.*--unfinished")
+    refuses(UsageError, "was stopped after 256 tokens.*--unfinished")
     made = prepare.prepare(one, base_model=BASE, unfinished=True, out=tmp_path / "unfinished")
     assert "was stopped before its end" in (made.folder / "README.md").read_text()
     edited(one, "training.json", **record)
@@ -274,7 +275,7 @@ def test_dry_run(run: Callable[..., Done], trained: Path, tmp_path: Path, no_net
     assert done.code == 0, done.err
     assert not done.json["sent"] and done.json["repo"] is None and len(done.json["files"]) == 9
     names = set(done.json) | {key for part in ("saes", "files") for each in done.json[part] for key in each}
-    assert names <= documented("lancet publish DIR [USER/REPO] --json")
+    assert names - {"sha256"} <= documented("lancet publish DIR [USER/REPO] --json")
     done = run(*words, "only-a-name", "--dry-run", bare=True)
     assert done.code == 2 and "write it as USER/REPO" in done.err
 
