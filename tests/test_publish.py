@@ -307,6 +307,8 @@ def online(up: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_what_arrives_and_opens_again(
     online: Hub, run: Callable[..., Done], trained: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sae_lens import SAE
+
     words = ["publish", str(trained), REPO, "--base-model", BASE, "--out", str(tmp_path / "out"), "--license", "mit"]
     done = run(*words, "--message", "the first", bare=True)
     assert done.code == 0, done.err
@@ -325,6 +327,10 @@ def test_what_arrives_and_opens_again(
     assert sae.name == name and shipped is None and str(sae.site) == SITES[1]
     ours = dict(sae.tensors())
     assert all(torch.equal(ours[key], value) for key, value in local.tensors())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = SAE.from_pretrained(REPO, SITES[1])
+    assert theirs.cfg.metadata.model_name == BASE and torch.equal(theirs.W_dec, ours["W_dec"])
     online.asked.clear()
     assert open_sae(model, name)[0].name == name and not online.asked  # the second time nothing is asked
     with pytest.raises(UsageError, match=rf"holds 2 SAEs; name one of hf://{REPO}/{SITES[0]}, hf://{REPO}/{SITES[1]}"):
