@@ -130,7 +130,8 @@ def _names(folders: Sequence[Path], specs: Sequence[Spec], records: Sequence[dic
 
 
 def _base(folder: Path, opened: str, given: str | None) -> str:
-    known = None if opened not in names.EMBEDDED and Path(opened).is_dir() else names.hub_id(opened)
+    is_local = opened not in names.EMBEDDED and (Path(opened).is_dir() or without_paths(opened) != opened)
+    known = None if is_local else names.hub_id(opened)
     if given is None:
         if known is None:
             raise UsageError(
