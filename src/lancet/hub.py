@@ -60,13 +60,23 @@ def endpoint() -> str:
 def local_model(repo: str) -> Path | None:
     """The folder of a model that is here as a whole, None where a part is missing."""
     for name in (repo, *names.old_ids(repo)):
-        folder = storage(name)
-        reference = folder / "refs" / "main"
-        if reference.is_file():
-            snapshot = folder / "snapshots" / reference.read_text(encoding="utf-8").strip()
-            if _is_whole(snapshot):
-                return snapshot
+        folder = snapshot(name)
+        if folder is not None and _is_whole(folder):
+            return folder
     return None
+
+
+def snapshot(repo: str) -> Path | None:
+    """The folder of what Hugging Face's cache holds of a repository's newest known commit, None where of none."""
+    reference = storage(repo) / "refs" / "main"
+    return storage(repo) / "snapshots" / reference.read_text("utf-8").strip() if reference.is_file() else None
+
+
+def refer(repo: str, commit: str) -> None:
+    """Notes in Hugging Face's cache which commit is the newest."""
+    reference = storage(repo) / "refs" / "main"
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    reference.write_text(commit, encoding="utf-8")
 
 
 def _is_whole(folder: Path) -> bool:
@@ -101,12 +111,12 @@ def model_folder(repo: str, say: Say, progress: Progress | None = None, known: I
         except DamagedError as error:
             remove(file)
             raise DamagedError(f"{repo}: {error}; it was removed, and is fetched again next time") from error
-    _note(repo if storage(repo).is_dir() else next(iter(names.old_ids(repo)), repo))
+    note(repo if storage(repo).is_dir() else next(iter(names.old_ids(repo)), repo))
     return folder
 
 
 def used() -> list[str]:
-    """The models of the hub that Lancet has opened, by the name of their folder in Hugging Face's cache."""
+    """The repositories that Lancet has opened models or SAEs of, as they are called in Hugging Face's cache."""
     file = cache_dir() / "hub.json"
     try:
         return [str(repo) for repo in read_json(file)] if file.is_file() else []
@@ -114,7 +124,8 @@ def used() -> list[str]:
         return []
 
 
-def _note(repo: str) -> None:
+def note(repo: str) -> None:
+    """Keeps in mind that a repository was opened, for `lancet cache`."""
     if repo not in (known := used()):
         with suppress(LancetError):  # it only serves `lancet cache`
             write_json(cache_dir() / "hub.json", [*known, repo])
@@ -142,9 +153,7 @@ def _fetch_model(repo: str, say: Say, progress: Progress | None, known: Iterable
         say(f"fetching {repo} ({size / 1e6:,.0f} MB) from {urlsplit(endpoint()).netloc}")
         # The weights last: a folder that has them has the rest.
         files_here = [bring(repo, name, commit, progress) for name in (*small, *weights)]
-        reference = storage(repo) / "refs" / "main"
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(commit, encoding="utf-8")
+        refer(repo, commit)
     return files_here[0].parent
 
 
@@ -356,7 +365,7 @@ def explained(repo: str, file: str = "", known: Iterable[str] = ()) -> Iterator[
     except errors.RevisionNotFoundError as error:
         raise MissingError(f"{repo} has no such revision on the hub") from error
     except errors.LocalEntryNotFoundError as error:
-        raise MissingError(_unreachable(what, error)) from error
+        raise MissingError(unreachable(f"{what} is not here", error)) from error
     except errors.EntryNotFoundError as error:
         raise MissingError(
             f"{repo} has no file {file or '(see the cause)'} on the hub; it may have been moved: look at "
@@ -373,7 +382,7 @@ def explained(repo: str, file: str = "", known: Iterable[str] = ()) -> Iterator[
     except errors.HFValidationError as error:
         raise UnknownName("model on the hub", repo, known, "write it as owner/name") from error
     except (errors.OfflineModeIsEnabled, errors.FileMetadataError, http.TransportError) as error:
-        raise MissingError(_unreachable(what, error)) from error
+        raise MissingError(unreachable(f"{what} is not here", error)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -390,15 +399,14 @@ def _gated(repo: str, sure: bool = True) -> str:
     )
 
 
-def _unreachable(what: str, error: BaseException) -> str:
+def unreachable(what: str, error: BaseException, to: str = "fetch it once") -> str:
+    """Why the hub cannot be asked, as a sentence that begins with `what` is wrong and ends with the next step."""
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
-        return (
-            f"{what} is not here and offline mode is on; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to fetch it once"
-        )
+        return f"{what} and offline mode is on; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to {to}"
     why = next(iter(str(error).splitlines()), "") or type(error).__name__
     return (
-        f"{what} is not here and {endpoint()} cannot be reached ({why[:120]}); check the network, set HTTPS_PROXY for "
+        f"{what} and {endpoint()} cannot be reached ({why[:120]}); check the network, set HTTPS_PROXY for "
         f"a proxy or HF_ENDPOINT for a mirror (docs/mirrors.md)"
     )

@@ -128,7 +128,7 @@ def _rest() -> list[Kept]:
 
 
 def _hub() -> list[Kept]:
-    used = dict.fromkeys(hub.used(), "model, in Hugging Face's cache")
+    used = dict.fromkeys(hub.used(), "model or SAEs, in Hugging Face's cache")
     for _, told in published.all_here():
         used.setdefault(told["repo"], "source of a converted SAE, in Hugging Face's cache; needed no more")
     out = []

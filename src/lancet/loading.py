@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lancet import catalogue, embedded, hub, names, pairing, precision, published
+from lancet import addressed, catalogue, embedded, hub, names, pairing, precision, published
 from lancet.catalogue import Entry
 from lancet.errors import DamagedError, MissingError, UnknownName, UsageError
 from lancet.files import PICKLE_SUFFIXES, check_safetensors, read_json
@@ -151,7 +151,7 @@ def open_sae(
 
     Args:
         name: `release/id` of a published SAE; a site, of a bundled SAE or in the model's default release; a folder in
-            sae-lens' layout; None for the model's default.
+            sae-lens' layout; `hf://USER/REPO/FOLDER`, such a folder on the hub; None for the model's default.
         basis: "plain" or "centred", where nothing states it and the user knows.
         anyway: open an SAE that records another model too.
         say: as for `open_model`.
@@ -169,7 +169,11 @@ def open_sae(
     """
     from lancet.weights import share_of
 
-    folder = _sae_folder(model, name, say)
+    address = ""
+    if name is not None and addressed.is_address(name):
+        address, folder = addressed.fetch(name, say, progress_of(say))
+    else:
+        folder = _sae_folder(model, name, say)
     sae = sae_from_folder(folder)
     config = read_json(folder / "cfg.json")
     about = pairing.About.of(folder, config)
@@ -177,6 +181,7 @@ def open_sae(
     if about.entry is not None:
         sae.name = about.entry.name
         stated = {"l0": about.entry.l0, "explained": about.entry.explained}
+    sae.name = address or sae.name
     sae.stated = {name: float(value) for name, value in stated.items() if isinstance(value, (int, float)) and value}
     sae.page = about.page
     pairing.check_model(model, sae, about, anyway)

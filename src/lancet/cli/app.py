@@ -12,6 +12,7 @@ from lancet.cli import eval as evaluation
 from lancet.cli.names import names
 from lancet.cli.opening import Choice
 from lancet.cli.options import names_pair, opens
+from lancet.cli.publish import run as publish
 from lancet.cli.train import run as train
 from lancet.errors import UsageError
 
@@ -443,6 +444,7 @@ def encode(
 
 
 app.command(name="train")(train)
+app.command(name="publish")(publish)
 
 
 @app.command()
@@ -474,7 +476,12 @@ def use(
 
 @app.command()
 def get(
-    name: Annotated[str, typer.Argument(help="smollm2, gemma3-270m, a model as for --model, or an SAE as RELEASE/ID.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="smollm2, gemma3-270m, a model as for --model, or an SAE as RELEASE/ID or hf://USER/REPO/FOLDER."
+        ),
+    ],
     accept_terms: Annotated[
         bool, typer.Option("--accept-terms", help="Accept the model's own terms without being asked.")
     ] = False,

@@ -10,13 +10,16 @@ from lancet.cli import show
 
 
 def run(name: str, accept_terms: bool) -> None:
-    from lancet import catalogue, embedded, hub, names, published
+    from lancet import addressed, catalogue, embedded, hub, names, published
     from lancet.loading import progress_of
 
     progress = progress_of(show.say)
     with show.working(f"fetching {name}"):
         if name in embedded.MODELS:
             folder = embedded.MODELS[name].get(show.say, lambda terms, where: accept_terms or _asked(terms, where))
+        elif addressed.is_address(name):
+            name, folder = addressed.fetch(name, show.say, progress)
+            hub.verify(folder)
         elif catalogue.load().release_of(name):
             folder = published.ensure(catalogue.load().entry(name), show.say, progress)
         else:

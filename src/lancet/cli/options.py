@@ -20,7 +20,10 @@ OPTIONS: dict[str, Any] = {
     ],
     "sae": Annotated[
         list[str] | None,
-        typer.Option("--sae", help="RELEASE/ID (see `lancet saes`), a site, or a folder; may be given several times."),
+        typer.Option(
+            "--sae",
+            help="RELEASE/ID (see `lancet saes`), a site, a folder, hf://USER/REPO/FOLDER; may be given several times.",
+        ),
     ],
     "basis": Annotated[
         str | None, typer.Option(help="plain or centred: how the SAE's model was loaded, where nothing states it.")

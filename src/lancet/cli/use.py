@@ -27,11 +27,13 @@ def run(name: str | None, saes: Sequence[str], json: bool) -> None:
 
 def check(name: str, saes: Sequence[str]) -> None:
     """Refuses a name that nothing has, before it is kept and every command fails on it."""
-    from lancet import catalogue, names
+    from lancet import addressed, catalogue, names
     from lancet.loading import NAMES
 
     if not (Path(name).is_dir() or name in NAMES):
         names.check(name, tuple(NAMES))
     for sae in saes:
-        if not Path(sae).is_dir() and catalogue.load().release_of(sae):
+        if addressed.is_address(sae):
+            addressed.Address.parse(sae)
+        elif not Path(sae).is_dir() and catalogue.load().release_of(sae):
             catalogue.load().entry(sae)

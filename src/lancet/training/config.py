@@ -9,7 +9,7 @@ import math
 import re
 import textwrap
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -223,16 +223,24 @@ class Spec:
 def places(out: Path, config: TrainConfig) -> list[Path]:
     """The folder of each SAE: `out` for one, folders in it for several, named by what tells them apart."""
     specs = config.saes()
-    if len(specs) == 1:
-        return [out]
-    parts = []
+    return [out] if len(specs) == 1 else [out / name for name in told_apart(specs)]
+
+
+def told_apart(specs: Sequence[Spec], site: bool = False) -> list[str]:
+    """A name for each SAE of its site, width, k and seed, without what all of them share.
+
+    Args:
+        site: tell the site even where all share it.
+    """
+    several = {name: len({getattr(spec, name) for spec in specs}) > 1 for name in ("site", "features", "k", "seed")}
+    out = []
     for spec in specs:
-        told = [str(spec.site)] if len(config.sites) > 1 else []
-        told += [f"{spec.features}"] if len(config.features) > 1 else []
-        told += [f"k{units.short(spec.k)}"] if len(config.k) > 1 else []
-        told += [f"seed{spec.seed}"] if len(config.seeds) > 1 else []
-        parts.append("-".join(told))
-    return [out / part for part in parts]
+        told = [str(spec.site)] if site or several["site"] else []
+        told += [f"{spec.features}"] if several["features"] else []
+        told += [f"k{units.short(spec.k)}"] if several["k"] else []
+        told += [f"seed{spec.seed}"] if several["seed"] else []
+        out.append("-".join(told))
+    return out
 
 
 def option(name: str) -> str:

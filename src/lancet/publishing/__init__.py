@@ -1,0 +1,1 @@
+"""Trained SAEs as a repository of the model hub: gathered and checked, described, and sent."""
