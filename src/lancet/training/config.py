@@ -80,7 +80,7 @@ class TrainConfig:
         seeds: Of the first weights; may be given several times. The order of the text is the same for all.
         arch: The architecture: batchtopk, topk, matryoshka, jumprelu, standard (L1), gated.
         tokens: Train on so many, such as 50M, going through the corpus again where it is shorter; left out, once.
-        batch: Tokens of a step; left out, 4,096, or less where memory is short or fewer than 400 steps would be made.
+        batch: Tokens of a step; left out, 4,096, or less where memory is short or fewer than 800 steps would be made.
         lr: Adam's learning rate.
         warm_up: Share of the steps over which the learning rate rises from 0.
         decay: Share of the steps, the last ones, over which it falls to 0.
@@ -88,8 +88,8 @@ class TrainConfig:
         field: The field or column of the corpus that holds the text.
         buffer: memory, or disk to keep activations (bfloat16), so that later rounds need no model.
         memory: What all may take, such as 10GB; auto is half of what is free.
-        dead_window: A feature silent for so many tokens is dead, and is revived; left out, a tenth of all, at most 1M.
-        aux: Weight of the auxiliary loss for dead features.
+        dead_window: A feature silent for so many tokens is dead, and begins again; left out, a 25th of all, at most 1M.
+        aux: Weight of the auxiliary loss for dead features; with 0 none begins again either.
         widths: Inner widths of a matryoshka SAE, such as 512; given several times, rising.
         sparsity: Coefficient of the sparsity loss; left out, it is steered until k features are active.
         log: tensorboard or wandb, beside the table and the CSV that are always written.

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lancet.errors import DivergedError
 from lancet.files import read_json, whole_file, write_json
 from lancet.training.architectures import PENALTIES, training_sae
+from lancet.training.revive import revive
 from lancet.training.sparsity import Controller, calibrate, single_threshold, start_sparse
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from lancet.training.config import Spec, TrainConfig
 
 WINDOW_MOST = 1_000_000  # tokens of silence, at most, after which a feature is dead
+PART = 25  # and one of so many parts of the training
+REVIVED = ("topk", "batchtopk", "matryoshka", "jumprelu")
 FIRST = 2  # times k: L0 of fresh weights where a penalty is steered
 WINDOW = 1000  # steps over which sae-lens counts how often a feature fires
 COUNTERS = ("n_training_samples", "n_training_steps", "n_frac_active_samples")
@@ -40,6 +43,7 @@ class Learner:
         trainer: sae-lens'.
         steps: in all.
         controllers: coefficient's name -> what steers it; none where it is fixed or there is none.
+        revives: dead features begin again after so many steps each time, up to step `[1]`; (0, 0) where none does.
         figures: of the last step that was asked for them.
     """
 
@@ -47,6 +51,7 @@ class Learner:
     trainer: SAETrainer[Any, Any]
     steps: int
     controllers: dict[str, Controller]
+    revives: tuple[int, int]
     figures: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -66,15 +71,17 @@ class Learner:
                 warm_up_steps=warm_up,
                 device=str(device),
             )
+        window = max(1, (config.dead_window or min(WINDOW_MOST, steps * batch // PART)) // batch)
+        decay = int(steps * config.decay)
         settings = SAETrainerConfig(
             total_training_samples=steps * batch,
             train_batch_size_samples=batch,
             lr=config.lr,
             lr_end=config.lr,
             lr_warm_up_steps=warm_up,
-            lr_decay_steps=int(steps * config.decay),
+            lr_decay_steps=decay,
             device=str(device),
-            dead_feature_window=max(1, (config.dead_window or min(WINDOW_MOST, steps * batch // 10)) // batch),
+            dead_feature_window=window,
             feature_sampling_window=max(1, min(WINDOW, steps // 4)),
         )
         trainer: SAETrainer[Any, Any] = SAETrainer(settings, sae, data_provider=iter(()))
@@ -84,7 +91,9 @@ class Learner:
             name: Controller(spec.k, each.final_value, wait=int(each.warm_up_steps), gain=PENALTIES[config.arch].gain)
             for name, each in steered.items()
         }
-        return cls(spec, trainer, steps, controllers)
+        # What begins while the learning rate falls would not come far.
+        revives = (max(1, window // 4), steps - decay) if config.aux > 0 and config.arch in REVIVED else (0, 0)
+        return cls(spec, trainer, steps, controllers, revives)
 
     @property
     def step_number(self) -> int:
@@ -125,12 +134,23 @@ class Learner:
         if not math.isfinite(loss := output.loss.item()):
             raise DivergedError(f"the loss of {self} is {loss} at step {self.step_number + 1:,}")
         self.trainer.n_training_steps += 1
+        self._revive(output)
         if self.controllers:
             l0 = float(output.feature_acts.bool().sum()) / len(batch)
             for name, controller in self.controllers.items():
                 self._steer(name, controller.update(l0))
         if figures:
             self.figures = self._figures(output)
+
+    def _revive(self, output: Any) -> None:
+        trainer, (every, last) = self.trainer, self.revives
+        if not every or self.step_number % every or self.step_number > last:
+            return
+        dead = trainer.dead_neurons
+        x, out = output.sae_in.detach(), output.sae_out.detach()
+        share = self.spec.k / self.spec.features
+        revived = revive(trainer.sae, trainer.optimizer, x, out, output.feature_acts.detach(), dead, share)
+        trainer.n_forward_passes_since_fired[revived] = 0
 
     def _steer(self, name: str, value: float) -> None:
         scheduler = self.trainer.coefficient_schedulers[name]
