@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from lancet.model import Model
 
 SITE = "blocks.12.hook_resid_pre"
-TOKENS, HELD_OUT, BATCH = 131_072, 16_384, 2048
+TOKENS, HELD_OUT, BATCH = 98_304, 16_384, 2048
 LENGTH = 128  # tokens of a row, its start token counted
 WIDTH, K, RATE = 8192, 32, 8e-4
 WARM_UP, DECAY = 0.02, 0.3
+WINDOW = (
+    1_000_000  # tokens of silence after which a feature is dead: none is within so short a training, on either side
+)
 TWICE = 0.5  # of the time of sae-lens' runner, at most
 ONE_PASS = 0.75  # of three trainings, at most
 CLOSE = 0.01  # of explained variance: what another order of the same text changes
@@ -133,7 +136,7 @@ def lancet_train(model: Model, corpus: Path, out: Path, k: Any) -> list[Path]:
 
     config = TrainConfig(
         sites=(SITE,), features=(WIDTH,), k=k, tokens=TOKENS, batch=BATCH, lr=RATE, warm_up=WARM_UP, decay=DECAY,
-        length=LENGTH,
+        length=LENGTH, dead_window=WINDOW,
     )  # fmt: skip
     return train(model, corpus, config, out)
 
@@ -157,7 +160,7 @@ def sae_lens_train(hooked: Any, rows: list[tuple[str, list[int]]], out: Path) ->
             n_batches_in_buffer=16, n_batches_for_norm_estimate=20, prepend_bos=False,
             exclude_special_tokens=[rows[0][1][0]], lr=RATE, lr_end=RATE,
             lr_warm_up_steps=int(steps * WARM_UP), lr_decay_steps=int(steps * DECAY),
-            dead_feature_window=1_000_000 // BATCH, feature_sampling_window=10**6,
+            dead_feature_window=WINDOW // BATCH, feature_sampling_window=10**6,
             device="cpu", dtype="float32", n_checkpoints=0, checkpoint_path=None, output_path=str(out), verbose=False,
             logger=LoggingConfig(log_to_wandb=False),
         )  # fmt: skip

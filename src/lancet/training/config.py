@@ -88,7 +88,7 @@ class TrainConfig:
         field: The field or column of the corpus that holds the text.
         buffer: memory, or disk to keep activations (bfloat16), so that later rounds need no model.
         memory: What all may take, such as 10GB; auto is half of what is free.
-        dead_window: A feature silent for so many tokens is dead, and begins again; left out, a 25th of all, at most 1M.
+        dead_window: A feature silent for so many tokens is dead, and begins again; left out, a 25th of all, 20k to 1M.
         aux: Weight of the auxiliary loss for dead features; with 0 none begins again either.
         widths: Inner widths of a matryoshka SAE, such as 512; given several times, rising.
         sparsity: Coefficient of the sparsity loss; left out, it is steered until k features are active.

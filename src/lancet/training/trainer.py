@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from lancet.training.config import Spec, TrainConfig
 
-WINDOW_MOST = 1_000_000  # tokens of silence, at most, after which a feature is dead
-PART = 25  # and one of so many parts of the training
+WINDOWS = (20_000, 1_000_000)  # tokens of silence, at least and at most, after which a feature is dead
+PART = 25  # between them, one of so many parts of the training
 REVIVED = ("topk", "batchtopk", "matryoshka", "jumprelu")
 FIRST = 2  # times k: L0 of fresh weights where a penalty is steered
 WINDOW = 1000  # steps over which sae-lens counts how often a feature fires
@@ -71,7 +71,8 @@ class Learner:
                 warm_up_steps=warm_up,
                 device=str(device),
             )
-        window = max(1, (config.dead_window or min(WINDOW_MOST, steps * batch // PART)) // batch)
+        silence = min(WINDOWS[1], max(WINDOWS[0], steps * batch // PART))
+        window = max(1, (config.dead_window or silence) // batch)
         decay = int(steps * config.decay)
         settings = SAETrainerConfig(
             total_training_samples=steps * batch,
