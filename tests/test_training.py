@@ -12,7 +12,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,16 @@ WORDS = [
     "😀",
 ]
 BLOCK = 400
-SMALL: dict[str, Any] = {"sites": SITES[0], "features": 96, "k": 6, "batch": 64, "length": 24, "lr": 2e-3}
+# A window of two steps: dead features begin again at every step.
+SMALL: dict[str, Any] = {
+    "sites": SITES[0],
+    "features": 96,
+    "k": 6,
+    "batch": 64,
+    "length": 24,
+    "lr": 2e-3,
+    "dead_window": 160,
+}
 CONFIG = TrainConfig(**SMALL, tokens=1600)  # 25 steps, 4 blocks; a second round begins
 
 
@@ -221,7 +229,7 @@ def test_weights_are_those_of_sae_lens_own_loop(
     theirs.fit()
     sae.save_inference_model(tmp_path / "theirs")
     monkeypatch.setattr("lancet.training.trainer.REVIVED", ())
-    (plain,) = train(model, corpus, replace(CONFIG, dead_window=160), tmp_path / "ours")
+    (plain,) = train(model, corpus, CONFIG, tmp_path / "ours")
     ours, other = (load_file(folder / "sae_weights.safetensors") for folder in (plain, tmp_path / "theirs"))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         torch.testing.assert_close(ours[name], other[name], rtol=1e-3, atol=1e-4)
