@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lancet.model import Model
 
 SITE = "blocks.12.hook_resid_pre"
-TOKENS, HELD_OUT, BATCH = 98_304, 16_384, 2048
+TOKENS, HELD_OUT, BATCH = 65_536, 16_384, 2048
 LENGTH = 128  # tokens of a row, its start token counted
 WIDTH, K, RATE = 8192, 32, 8e-4
 WARM_UP, DECAY = 0.02, 0.3
@@ -47,6 +47,7 @@ def run(settings: Settings) -> Iterator[Figure]:
     rows = texts(model)
     hooked = transformer_lens(model)
     held = values(model, rows[TOKENS // (LENGTH - 1) + 1 :])
+    settings.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.work) as work:
         corpus = Path(work) / "corpus.jsonl"
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text, _ in rows), encoding="utf-8")
