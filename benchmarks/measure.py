@@ -153,6 +153,6 @@ def line(cells: Sequence[str]) -> str:
 
 def cells(figure: Figure) -> tuple[str, str, str, str, str]:
     """A figure as the cells of a line."""
-    digits = {"x": ".3f", "s": ".1f", "MB": ".0f"}[figure.unit]
+    digits = {"x": ".3f", "s": ".1f", "MB": ".0f", "": ".4f"}[figure.unit]
     bar = "-" if figure.bar is None else f"{figure.bar:g} {figure.unit}"
-    return figure.name, f"{figure.value:{digits}} {figure.unit}", bar, figure.verdict, figure.detail
+    return figure.name, f"{figure.value:{digits}} {figure.unit}".rstrip(), bar, figure.verdict, figure.detail
