@@ -38,6 +38,7 @@ WORK = 3e11  # multiplications that comparing places may take: a few seconds of 
 LEAST_TOKENS = 64  # of a quick test, however large the SAE
 EXPLAINED, RECOVERED, HURTS, RANDOM = 0.3, 0.5, 0.1, 0.9
 WRONG_BLOCK, WRONG_BASIS = 0.85, 0.99  # what another place or basis leaves, over what this one does
+ROUNDING = 1e-6  # a share that is left, and is nothing but rounding: which place has less is then an accident
 STATED_L0, STATED_EXPLAINED = 3.0, 0.25  # code lights twice as many features as stories do, Chinese 2.5 times
 
 
@@ -303,14 +304,14 @@ def _explains(
         )
     known = [name for name in blocks if not math.isnan(shares[name])]
     best = min(known, key=lambda name: shares[name], default="here")
-    if shares[best] < min(WRONG_BLOCK * here, 1 - EXPLAINED):
+    if here > ROUNDING and shares[best] < min(WRONG_BLOCK * here, 1 - EXPLAINED):
         wrong = "site" if blocks[best].site.layer == sae.site.layer else "layer"
         why = f"it explains {1 - shares[best]:.3f} {best}: it is at the wrong {wrong}"
     for name in bases:
         # Centring moves values little in some models; on every single text it is no accident all the same, least of
         # all where this model cannot be in the basis that is assumed.
         always = all(mine > other for mine, other in zip(errors, measured.left[name].errors, strict=True))
-        if always and shares[name] < min(wrong_basis * here, 1 - EXPLAINED, shares[best]):
+        if here > ROUNDING and always and shares[name] < min(wrong_basis * here, 1 - EXPLAINED, shares[best]):
             why = f"it explains {1 - shares[name]:.3f} with --basis {name}: it is read in the wrong basis"
     wanted = f"over {bar:.2g}, and no better elsewhere"
     yield Finding("explained variance", f"{1 - here:.3f}", wanted, not why, why)
