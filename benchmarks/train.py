@@ -29,9 +29,7 @@ TOKENS, HELD_OUT, BATCH = 65_536, 16_384, 2048
 LENGTH = 128  # tokens of a row, its start token counted
 WIDTH, K, RATE = 8192, 32, 8e-4
 WARM_UP, DECAY = 0.02, 0.3
-WINDOW = (
-    1_000_000  # tokens of silence after which a feature is dead: none is within so short a training, on either side
-)
+WINDOW = 1_000_000  # tokens of silence after which a feature is dead: longer than this training, on either side
 TWICE = 0.5  # of the time of sae-lens' runner, at most
 ONE_PASS = 0.75  # of three trainings, at most
 CLOSE = 0.01  # of explained variance: what another order of the same text changes

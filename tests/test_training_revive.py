@@ -95,6 +95,20 @@ def test_no_more_than_a_part_of_the_batch_and_never_all(arch: str) -> None:
         assert len(revive(sae, optimizer, x, out, acts * 0, dead, SHARE)) == 0
     assert len(revive(sae, optimizer, x, out, acts, torch.zeros(D_SAE, dtype=torch.bool), SHARE)) == 0
     assert torch.equal(revive(sae, optimizer, x, out, acts, dead, SHARE), torch.arange(5))
+    assert len(revive(sae, optimizer, x, out, acts, dead, 0.99)) == 5  # a share that every token would be in
+
+
+def test_the_decoders_bias_keeps_its_moments_where_it_is_as_long_as_there_are_features() -> None:
+    torch.manual_seed(0)
+    x, dead = torch.randn(N, D_IN) * 2, torch.arange(D_IN) < 5
+    sae: Any = training_sae("batchtopk", D_IN, D_IN, 6)
+    optimizer = torch.optim.Adam(sae.parameters(), 1e-3)
+    output = sae.training_forward_pass(TrainStepInput(x, {}, dead, 0, False))
+    output.loss.backward()
+    optimizer.step()
+    before = optimizer.state[sae.b_dec]["exp_avg"].clone()
+    assert len(revive(sae, optimizer, x, output.sae_out.detach(), output.feature_acts.detach(), dead, SHARE)) == 5
+    assert before[:5].all() and torch.equal(optimizer.state[sae.b_dec]["exp_avg"], before)
 
 
 @pytest.mark.parametrize(("arch", "aux"), [(arch, 1.0) for arch in REVIVED] + [("topk", 0.0), ("gated", 1.0)])
@@ -121,4 +135,4 @@ def test_a_learner_wakes_them_until_the_rate_falls(arch: str, aux: float) -> Non
     wakes = aux > 0 and arch in REVIVED
     assert (revived[60] == 40) == wakes
     assert revived[99] == 0
-    assert learner.revives == ((2, 70) if wakes else (0, 0))
+    assert list(learner.revives) == (list(range(2, 71, 2)) if wakes else [])

@@ -61,7 +61,8 @@ def revive(
     else:
         level = values.kthvalue(1 + int(WEAK * (len(values) - 1))).values
         level = level / usual if held.cfg.rescale_acts_by_decoder_norm else level
-    strongest = (held.process_sae_in(x) @ rows.T).topk(max(1, round(share * len(x))) + 1, dim=0).values
+    fired = min(max(1, round(share * len(x))), len(x) - 1)
+    strongest = (held.process_sae_in(x) @ rows.T).topk(fired + 1, dim=0).values
     held.W_enc[:, which] = rows.T
     held.W_dec[which] = usual * rows
     held.b_enc[which] = level - strongest[-1]
@@ -70,6 +71,6 @@ def revive(
             state = optimizer.state[parameter][key]
             if name == "W_enc":
                 state[:, which] = 0
-            elif len(state) == len(dead):
+            elif name != "b_dec":  # which alone has no part for each feature
                 state[which] = 0
     return which

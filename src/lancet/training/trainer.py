@@ -43,7 +43,7 @@ class Learner:
         trainer: sae-lens'.
         steps: in all.
         controllers: coefficient's name -> what steers it; none where it is fixed or there is none.
-        revives: dead features begin again after so many steps each time, up to step `[1]`; (0, 0) where none does.
+        revives: the steps after which dead features begin again.
         figures: of the last step that was asked for them.
     """
 
@@ -51,7 +51,7 @@ class Learner:
     trainer: SAETrainer[Any, Any]
     steps: int
     controllers: dict[str, Controller]
-    revives: tuple[int, int]
+    revives: range
     figures: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -92,8 +92,10 @@ class Learner:
             name: Controller(spec.k, each.final_value, wait=int(each.warm_up_steps), gain=PENALTIES[config.arch].gain)
             for name, each in steered.items()
         }
+        every = max(1, window // 4)
         # What begins while the learning rate falls would not come far.
-        revives = (max(1, window // 4), steps - decay) if config.aux > 0 and config.arch in REVIVED else (0, 0)
+        last = steps - decay if config.aux > 0 and config.arch in REVIVED else 0
+        revives = range(every, last + 1, every)
         return cls(spec, trainer, steps, controllers, revives)
 
     @property
@@ -135,7 +137,8 @@ class Learner:
         if not math.isfinite(loss := output.loss.item()):
             raise DivergedError(f"the loss of {self} is {loss} at step {self.step_number + 1:,}")
         self.trainer.n_training_steps += 1
-        self._revive(output)
+        if self.step_number in self.revives:
+            self._revive(output)
         if self.controllers:
             l0 = float(output.feature_acts.bool().sum()) / len(batch)
             for name, controller in self.controllers.items():
@@ -144,10 +147,7 @@ class Learner:
             self.figures = self._figures(output)
 
     def _revive(self, output: Any) -> None:
-        trainer, (every, last) = self.trainer, self.revives
-        if not every or self.step_number % every or self.step_number > last:
-            return
-        dead = trainer.dead_neurons
+        trainer, dead = self.trainer, self.trainer.dead_neurons
         x, out = output.sae_in.detach(), output.sae_out.detach()
         share = self.spec.k / self.spec.features
         revived = revive(trainer.sae, trainer.optimizer, x, out, output.feature_acts.detach(), dead, share)
