@@ -66,19 +66,17 @@ def main() -> None:
             missed += figure.verdict == "miss"
             print(measure.line(measure.cells(figure)), flush=True)
         if asked.repeats >= measure.ENOUGH:
-            entry = {"repeats": asked.repeats, "load": round(load, 2), "figures": [f.to_json() for f in figures]}
-            keep(asked.out, facts, name, entry)
+            measured = {"repeats": asked.repeats, "load": round(load, 2), "figures": [f.to_json() for f in figures]}
+            keep(asked.out, name, {"machine": facts} | measured)
     if asked.repeats < measure.ENOUGH:
         measure.remark(f"fewer than {measure.ENOUGH} repeats: nothing was kept")
     sys.exit(1 if missed else 0)
 
 
-def keep(path: Path, facts: dict[str, Any], name: str, entry: dict[str, Any]) -> None:
-    """Writes one subject's figures; those of other subjects stay where they come from the same machine."""
+def keep(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Writes one subject's figures, with the machine they come from; those of other subjects stay."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    subjects = kept["subjects"] if kept.get("machine") == facts else {}
-    whole = {"machine": facts, "subjects": subjects | {name: entry}}
-    path.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(kept | {name: entry}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 main()
