@@ -36,7 +36,6 @@ WIDTH, K, RATE = 8192, 32, 8e-4
 WARM_UP, DECAY = 0.02, 0.3
 WINDOW = 1_000_000  # tokens of silence after which a feature is dead: longer than this training, on either side
 TWICE = 0.5  # of the time of sae-lens' runner, at most
-MASSIVE = 20  # times the median norm, as Lancet counts them
 ONE_PASS = 0.75  # of three trainings, at most
 CLOSE = 0.01  # of explained variance: what another order of the same text changes
 
@@ -96,6 +95,7 @@ def texts(model: Model) -> list[tuple[str, list[int]]]:
     """Texts that are whole rows: exactly LENGTH tokens with the start token, cut out of bundled sentences; without
     massive tokens."""
     from benchmarks.harvest import corpus
+    from lancet.massive import ordinary
 
     found: dict[str, list[int]] = {}
     wanted = (TOKENS + HELD_OUT) // (LENGTH - 1) + 2
@@ -109,11 +109,11 @@ def texts(model: Model) -> list[tuple[str, list[int]]]:
         if len(found) >= wanted * 1.2:
             break
     norms = values(model, list(found.values())).norm(dim=1).view(len(found), LENGTH - 1)
-    ordinary = norms.amax(1) <= MASSIVE * norms.median()
-    kept = [pair for pair, fine in zip(found.items(), ordinary.tolist(), strict=True) if fine]
-    if len(kept) < wanted:
-        raise RuntimeError(f"{len(kept)} rows without massive tokens are too few, {wanted} are needed")
-    return kept[:wanted]
+    fine = ordinary(norms.amax(1), float(norms.median()))
+    whole = [pair for pair, kept in zip(found.items(), fine.tolist(), strict=True) if kept]
+    if len(whole) < wanted:
+        raise RuntimeError(f"{len(whole)} rows without massive tokens are too few, {wanted} are needed")
+    return whole[:wanted]
 
 
 def values(model: Model, rows: list[list[int]]) -> Tensor:

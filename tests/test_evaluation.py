@@ -18,7 +18,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
 import lancet
-from lancet import bench
+from lancet import bench, massive
 from lancet.errors import LancetError, MismatchError, UsageError
 from lancet.evaluation import concepts, decoder, lines, probe, texts
 from lancet.evaluation.evaluate import evaluate
@@ -97,6 +97,8 @@ def plainly(model: Model, sae: Sae) -> dict[str, Any]:
     out = {name: float(np.mean(told)) for name, told in costs.items()}
     fired = (f != 0).sum(0).numpy()
     return out | {
+        "values": y,
+        "rebuilt": z,
         "explained": 1 - float(((y - z) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()),
         "l0": float((f != 0).sum(1).double().mean()),
         "cosine": float(torch.nn.functional.cosine_similarity(y, z, dim=1).mean()),
@@ -133,6 +135,25 @@ def test_figures_equal_a_plain_loop(name: str, tiny: Model, file: Path) -> None:
         inside = (np.log10(share) >= low) & ((np.log10(share) <= high) if last else (np.log10(share) < high))
         assert count == inside.sum()
     assert sum(got.density.counts) + got.density.dead == sae.d_sae
+
+
+def test_massive_tokens_are_left_out_of_explained_variance(
+    tiny: Model, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, site = SAES["transcoder"](), Site(1, "mlp_out")
+    monkeypatch.setattr(massive, "TIMES", 1.1)
+    found = evaluate(tiny, sae, [file], concepts=False)
+    (got,), want = found.saes, plainly(tiny, sae)
+    values = [tiny.values(tiny.batch([list(tiny.tokenize(text).ids)]), [site])[site][0, 1:] for text in TEXTS]
+    norms = torch.cat(values).norm(dim=1)
+    kept = norms <= 1.1 * norms.median()
+    y, z = want["values"][kept], want["rebuilt"][kept]
+    assert got.massive == int((~kept).sum()) and 0 < got.massive < got.tokens == len(kept)
+    left_out = 1 - float(((y - z) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
+    assert got.explained_variance == pytest.approx(left_out, rel=1e-4)
+    assert got.explained_all == pytest.approx(want["explained"], rel=1e-4)
+    assert got.l0 == pytest.approx(want["l0"]) and got.cosine == pytest.approx(want["cosine"], rel=1e-4)
+    assert any(f"{got.massive} of {got.tokens} tokens" in note for note in found.notes)
 
 
 def test_several_saes_share_a_pass_and_score_as_alone(tiny: Model, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

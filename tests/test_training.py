@@ -22,7 +22,7 @@ from killing import exit_code
 from safetensors.torch import load_file
 
 import lancet
-from lancet import files
+from lancet import files, massive
 from lancet.errors import DivergedError, LancetError, MismatchError, MissingError, UnknownName, UsageError
 from lancet.loading import open_model, open_sae
 from lancet.model import Model
@@ -183,7 +183,7 @@ def test_kept_on_disk_they_are_read_once(model: Model, tmp_path: Path, monkeypat
 def test_massive_activations_are_left_out(
     model: Model, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "MASSIVE", 1.1)
+    monkeypatch.setattr(massive, "TIMES", 1.1)
     feed = blocks_of(model, tmp_path).feeds(0, {}, 64, lambda done, of: None)[Site.parse(SITES[0])]
     norms = feed.values.norm(dim=1)
     kept = norms <= 1.1 * norms.median()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lancet import massive
 from lancet.atlas.corpus import Bad
 from lancet.errors import MismatchError, UsageError
 from lancet.evaluation import texts
@@ -72,6 +73,7 @@ def evaluate(
         notes.append(
             f"dead: never firing on {read:,} tokens; rare features need {ENOUGH:,} or more to be told from dead"
         )
+    notes += [_massive(each) for each in found if each.massive]
     notes += [_blank(each) for each in found if each.recovered is None]
     notes += [line for line in str(bad).splitlines() if line] if bad else []
     return Evaluation(model.name, source, read, found, tuple(notes))
@@ -134,6 +136,13 @@ def _benches(model: Model, saes: Sequence[Sae], say: Callable[[str], None]) -> l
     say("scoring concepts")
     known = {site: concepts.beside(site, train, heldout) for site in {sae.site for sae in saes}}
     return [concepts.score(sae, i, train, heldout, known[sae.site]) for i, sae in enumerate(saes)]
+
+
+def _massive(scores: Scores) -> str:
+    return (
+        f"{scores.name}: {scores.massive:,} of {scores.tokens:,} tokens, whose norm is over {massive.TIMES} times the "
+        f"median, are left out of explained variance; with them it is {scores.explained_all:.3f}"
+    )
 
 
 def _blank(scores: Scores) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lancet import passes, splice
+from lancet import massive, passes, splice
 from lancet.check import Left, rebuild
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ class Totals:
     """Sums over tokens for one SAE, start tokens left out.
 
     Attributes:
-        left: what it leaves unexplained of the value at the site that it writes, in its own basis.
+        left: what it leaves unexplained of the value at the site that it writes, in its own basis, massive tokens left
+            out (`lancet.massive`); all: the same with them in.
+        median: norm of the values of the first pass, which massive tokens are told by.
         cosine: summed cosine between value and reconstruction.
         lit: features lit, over all tokens.
         fired: [d_sae] on how many tokens each feature fires.
@@ -44,6 +46,8 @@ class Totals:
 
     fired: Tensor
     left: Left = field(default_factory=Left)
+    all: Left = field(default_factory=Left)
+    median: float | None = None
     cosine: float = 0.0
     lit: int = 0
     plain: float = 0.0
@@ -54,7 +58,12 @@ class Totals:
 
     @property
     def tokens(self) -> int:
-        return self.left.tokens
+        return self.all.tokens
+
+    @property
+    def massive(self) -> int:
+        """Tokens that `left` leaves out."""
+        return self.all.tokens - self.left.tokens
 
     @property
     def recovered(self) -> float:
@@ -116,17 +125,21 @@ def measure(
         zeros: dict[Site, float] = {}
         for sae, total in zip(saes, totals, strict=True):
             y = values[sae.writes][batch.content].float()
+            norms = y.norm(dim=1)
+            total.median = float(norms.median()) if total.median is None else total.median
+            usual = massive.ordinary(norms, total.median)
             new = torch.empty_like(y)
             for at, features, rebuilt in lit(sae, values[sae.site], batch.content):
                 own = sae.out_basis(y[at])
-                _count(total, features, own, rebuilt)
+                _count(total, features, own, rebuilt, usual[at])
                 new[at] = rebuilt + (y[at] - own)  # what lies outside its basis, it never saw
             if passed is not None and passed.count:
                 _splice(model, passed, sae.writes, new, total, zeros)
 
 
-def _count(total: Totals, features: Features, own: Tensor, rebuilt: Tensor) -> None:
-    total.left.add(own, rebuilt)
+def _count(total: Totals, features: Features, own: Tensor, rebuilt: Tensor, usual: Tensor) -> None:
+    total.all.add(own, rebuilt)
+    total.left.add(own[usual], rebuilt[usual])
     total.cosine += float(torch.cosine_similarity(own.double(), rebuilt.double(), dim=1).sum())
     total.lit += len(features.value)
     total.fired += torch.bincount(features.feature, minlength=features.shape[1]).cpu()

@@ -81,7 +81,9 @@ class Scores:
         site, writes: where it reads, and where its reconstruction belongs.
         architecture, d_sae: what it is.
         tokens: that it was read on, start tokens left out.
-        explained_variance: 1 - sum |y - y^|^2 / sum |y - mean|^2 over tokens, in the SAE's own basis.
+        explained_variance: 1 - sum |y - y^|^2 / sum |y - mean|^2 over tokens, in the SAE's own basis, massive tokens
+            left out; explained_all: with them in.
+        massive: tokens left out of it.
         l0: features lit at a token, mean.
         cosine: between value and reconstruction, mean over tokens.
         density: how many features fire how often.
@@ -98,6 +100,8 @@ class Scores:
     d_sae: int
     tokens: int
     explained_variance: float
+    explained_all: float
+    massive: int
     l0: float
     cosine: float
     density: Histogram
@@ -118,6 +122,8 @@ class Scores:
             d_sae=sae.d_sae,
             tokens=tokens,
             explained_variance=1 - total.left.share,
+            explained_all=1 - total.all.share,
+            massive=total.massive,
             l0=total.lit / tokens,
             cosine=total.cosine / tokens,
             density=Histogram.of(total.fired.numpy(), tokens),
@@ -158,6 +164,8 @@ class Scores:
             "d_sae": self.d_sae,
             "tokens": self.tokens,
             "explained_variance": self.explained_variance,
+            "explained_all": self.explained_all,
+            "massive": self.massive,
             "l0": self.l0,
             "cosine": self.cosine,
             **told,

@@ -18,6 +18,7 @@ import numpy as np
 from lancet.atlas.activations import read_pieces
 from lancet.errors import LancetError
 from lancet.files import whole_file
+from lancet.massive import ordinary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 ORDER = 20_270  # the seed of every order of the text
-MASSIVE = 20  # a token whose norm is over so many times the median is left out
 PART = 8192  # rows that are converted to float32 at once
 
 
@@ -138,7 +138,7 @@ class Blocks:
             if not norms.isfinite().all():
                 raise LancetError(f"activations at {site} are not finite; open the model with --dtype float32")
             order = shuffled.to(value.device)
-            order = order[(norms <= MASSIVE * norms.median())[order]]
+            order = order[ordinary(norms)[order]]
             left = rest.get(site, value[:0])
             found[site] = Feed(left, value, order, batch, n - len(order))
         return found
