@@ -179,7 +179,7 @@ def test_a_pareto_front_has_a_number_and_a_name_for_each(
         losses = Losses(3, 3.1, 9, recovered, 0.1, 2000)
         name = f"release-of-$x_1$/layer_12/width_{2**i}k/average_l0_{i}/" + "a_long_end" * (i % 4)
         density, alike = Histogram((0.0, 1.0), (1,), 0), Similarity(0.3, 0.1, 0.0, 9)
-        return Scores(name, name, "a", "a", "topk", 9, 2000, 0.9, 10.0 * 2**i, 0.9, density, losses, alike)
+        return Scores(name, name, "", "a", "a", "topk", 9, 2000, 0.9, 0.9, 0, 10.0 * 2**i, 0.9, density, losses, alike)
 
     some = [scores(i, 0.8 + 0.02 * i - 0.1 * (i == 2)) for i in range(count)]
     found = Evaluation("模型", "text", 2000, (*some, scores(9, None)))

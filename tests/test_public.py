@@ -21,6 +21,7 @@ LAYERS = [  # docs/architecture.md; a module imports only from its own layer and
     {"pairing", "settings", "keeping", "hooks", "norms", "anatomy", "tokens", "basis", "hooked", "friends", "precision"}
     | {
         "fingerprint",
+        "massive",
         "site",
         "bench",
         "scoring",

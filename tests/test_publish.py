@@ -22,9 +22,9 @@ from loopback import COMMIT, Hub, serving
 from safetensors.torch import load_file, save_file
 from test_cli import Done, documented, folders, run  # noqa: F401 - fixtures
 
-from lancet import addressed
+from lancet import addressed, fingerprint
 from lancet.errors import DamagedError, LancetError, MismatchError, MissingError, UnknownName, UsageError
-from lancet.loading import open_model, open_sae
+from lancet.loading import open_model, open_sae, sae_from_folder
 from lancet.model import Model
 from lancet.publishing import gather, prepare, private, send
 from lancet.training.config import TrainConfig
@@ -68,7 +68,14 @@ def scored(trained: Path, model: Model, tmp_path_factory: pytest.TempPathFactory
     figures = {"explained_variance": 0.8123, "l0": 6.25, "dead_share": 0.125, "loss_recovered": 0.9512, "kl": 0.0421}
     what = {"d_sae": 64, "architecture": "jumprelu"}
     entries = [
-        {"name": str(trained / site), "sae": site, "site": site, **what, **figures, "bench": bench if i else None}
+        {
+            "name": site,
+            "fingerprint": fingerprint.of_sae(sae_from_folder(trained / site)),
+            "site": site,
+            **what,
+            **figures,
+            "bench": bench if i else None,
+        }
         for i, site in enumerate(SITES)
     ]
     told = {"model": model.name, "text": "/home/somebody/held out/text.jsonl", "tokens": 4321, "saes": entries}
@@ -208,6 +215,11 @@ def test_a_folder_that_still_names_this_machine_is_refused(one: Path) -> None:
 
 
 def test_refusals(one: Path, trained: Path, scored: Path, tmp_path: Path) -> None:
+    told = json.loads(scored.read_text())
+    told["saes"] = [entry | {"fingerprint": "0" * 24} for entry in told["saes"]]  # the same names, other weights
+    retrained = tmp_path / "retrained.json"
+    retrained.write_text(json.dumps(told))
+
     def refuses(kind: type[LancetError], said: str, folder: Path = one, **how: Any) -> None:
         with pytest.raises(kind, match=said):
             prepare.prepare(folder, **({"base_model": BASE} | how))
@@ -223,7 +235,7 @@ def test_refusals(one: Path, trained: Path, scored: Path, tmp_path: Path) -> Non
     refuses(UsageError, "holds other things than an earlier preparation", out=one)
     refuses(UsageError, "holds other things", trained, out=trained)
     refuses(UsageError, "no file .*lancet eval --json", scored=[tmp_path / "no.json"])
-    refuses(UsageError, "of none of the SAEs that are published", scored=[scored])  # it is of other folders
+    refuses(UsageError, "of none of the SAEs that are published", scored=[retrained])
 
     shape = json.loads((one / "cfg.json").read_text())
     edited(one, "cfg.json", d_sae=65)

@@ -27,6 +27,13 @@ def of_model(model: Model) -> str:
     return digest.hexdigest()[:24]
 
 
+def of_sae(sae: Sae) -> str:
+    """Of an SAE's weights as they are stored, whatever it is called and wherever it lies."""
+    digest = hashlib.sha256(f"{sae.site} {sae.architecture}".encode())
+    _sample(digest, (value for _, value in sorted(sae.tensors())), OF_SAE)
+    return digest.hexdigest()[:24]
+
+
 def of_pair(model: Model, sae: Sae) -> str:
     """Of an SAE, and of all in the model that the values at its site depend on."""
     told = (sae.site, sae.writes, sae.architecture, sae.normalize, sae.scalar, sae.centred, sae.k)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lancet import fingerprint
 from lancet.evaluation.concepts import Bench
 from lancet.evaluation.decoder import Similarity
 
@@ -77,7 +78,7 @@ class Scores:
     """One SAE's figures.
 
     Attributes:
-        name: as tables call it; sae: the SAE's own name.
+        name: as tables call it; sae: the SAE's own name; fingerprint: of its weights.
         site, writes: where it reads, and where its reconstruction belongs.
         architecture, d_sae: what it is.
         tokens: that it was read on, start tokens left out.
@@ -94,6 +95,7 @@ class Scores:
 
     name: str
     sae: str
+    fingerprint: str
     site: str
     writes: str
     architecture: str
@@ -116,6 +118,7 @@ class Scores:
         return cls(
             name=name,
             sae=sae.name,
+            fingerprint=fingerprint.of_sae(sae),
             site=str(sae.site),
             writes=str(sae.writes),
             architecture=sae.architecture,
@@ -158,6 +161,7 @@ class Scores:
         out: dict[str, Any] = {
             "name": self.name,
             "sae": self.sae,
+            "fingerprint": self.fingerprint,
             "site": self.site,
             "writes": self.writes,
             "architecture": self.architecture,

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lancet import names
+from lancet import fingerprint, names
 from lancet.addressed import CONFIG, FACTS, WEIGHTS, check_repo
 from lancet.errors import DamagedError, MismatchError, UsageError
 from lancet.files import check_safetensors, read_json
@@ -17,6 +17,9 @@ from lancet.site import Site
 from lancet.training.config import Spec, told_apart
 from lancet.training.finish import RECORD
 from lancet.training.progress import CSV
+
+if TYPE_CHECKING:
+    from lancet.sae import Sae
 
 NEEDED, TAKEN = (CONFIG, WEIGHTS, RECORD), (CONFIG, WEIGHTS, RECORD, CSV, FACTS)
 PARTS = (("model", "name"), ("config", "arch"), ("corpus", "tokens"), ("saved", "l0"), ("saved", "explained"))
@@ -33,6 +36,7 @@ class Trained:
         base: the hub's name of its model.
         config: its cfg.json, and record its training.json, without what must not leave.
         files: the names of its files that are taken.
+        fingerprint: of its weights.
     """
 
     source: Path
@@ -42,6 +46,7 @@ class Trained:
     config: dict[str, Any]
     record: dict[str, Any]
     files: tuple[str, ...]
+    fingerprint: str
 
     @property
     def architecture(self) -> str:
@@ -75,12 +80,13 @@ def gather(folder: Path, base_model: str | None = None, unfinished: bool = False
     for source, name, spec, record in zip(folders, _names(folders, specs, records), specs, records, strict=True):
         base = _base(source, record["model"]["name"], base_model)
         config = read_json(source / CONFIG)
-        _check(source, spec, config)
+        sae = _checked(source, spec, config)
         config["metadata"] = {**config["metadata"], "model_name": base}
         opened = record["model"]["name"]
         record["model"]["name"] = opened if opened in names.EMBEDDED else base
         files = tuple(file for file in TAKEN if (source / file).is_file())
-        out.append(Trained(source, name, spec, base, without_paths(config), without_paths(record), files))
+        told = without_paths(config), without_paths(record)
+        out.append(Trained(source, name, spec, base, *told, files, fingerprint.of_sae(sae)))
     return out
 
 
@@ -145,8 +151,8 @@ def _base(folder: Path, opened: str, given: str | None) -> str:
     return wanted
 
 
-def _check(folder: Path, spec: Spec, config: dict[str, Any]) -> None:
-    """Refuses what would not open, or not compute what it says."""
+def _checked(folder: Path, spec: Spec, config: dict[str, Any]) -> Sae:
+    """The SAE. Refuses what would not open, or not compute what it says."""
     from lancet.loading import sae_from_folder
 
     _check_shapes(folder, config)
@@ -163,6 +169,7 @@ def _check(folder: Path, spec: Spec, config: dict[str, Any]) -> None:
             raise DamagedError(f"{name} of {folder} has numbers that are not finite; train the SAE again")
     for file in (WEIGHTS, FACTS):
         _check_header(folder / file)
+    return sae
 
 
 def _check_shapes(folder: Path, config: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lancet import names
-from lancet.addressed import is_address
 from lancet.errors import DamagedError, MismatchError, UsageError
 from lancet.files import read_json
 from lancet.publishing.gather import Trained
@@ -34,7 +33,7 @@ def read(files: Sequence[Path], saes: Sequence[Trained]) -> list[Scored]:
     """The evaluations in files that `lancet eval --json` wrote.
 
     Raises:
-        UsageError: a file cannot be read, or is about none of the SAEs, or two of its entries may be about one.
+        UsageError: a file cannot be read, or is about none of the SAEs.
         MismatchError: it was made with another model.
         DamagedError: it is not JSON.
     """
@@ -47,32 +46,20 @@ def _read(file: Path, saes: Sequence[Trained]) -> Scored:
     told = read_json(file)
     try:
         model, entries, out = told["model"], told["saes"], Scored(without_paths(told["text"]), int(told["tokens"]), {})
+        by_weights = {entry["fingerprint"]: entry for entry in entries}
         for sae in saes:
-            if (found := _entry(file, entries, sae)) is not None:
+            if (found := by_weights.get(sae.fingerprint)) is not None:
                 _check_model(file, model, sae)
                 out.of[sae.folder] = without_paths(found)
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{file} is not what `lancet eval --json` prints (no {error}); evaluate again") from error
     if not out.of:
         there = ", ".join(f"{entry['name']} ({entry['d_sae']:,} features at {entry['site']})" for entry in entries)
-        raise UsageError(f"{file} has figures of {there}, and of none of the SAEs that are published; leave it out")
+        raise UsageError(
+            f"{file} has figures of {there}, and of none of the SAEs that are published, by their weights; was one of "
+            f"them trained again since? Evaluate it again, or leave the file out"
+        )
     return out
-
-
-def _entry(file: Path, entries: Sequence[dict[str, Any]], sae: Trained) -> dict[str, Any] | None:
-    """Of the same shape, and called like the SAE's folder here, or by the address of the one in the repository."""
-    shape, own = (str(sae.spec.site), sae.spec.features, sae.config["architecture"]), sae.source.resolve().name
-
-    def is_called(name: str) -> bool:
-        return name.endswith(f"/{sae.folder}") if is_address(name) else Path(name).name == own
-
-    fits = [e for e in entries if (e["site"], e["d_sae"], e["architecture"]) == shape]
-    fits = [e for e in fits if is_called(e["name"]) or is_called(e["sae"])]
-    if len(fits) > 1:
-        fits = [e for e in fits if Path(e["name"]).resolve() == sae.source.resolve()] or fits
-    if len(fits) > 1:
-        raise UsageError(f"{len(fits)} SAEs in {file} may be {sae.source}; evaluate it alone")
-    return fits[0] if fits else None
 
 
 def _check_model(file: Path, model: str, sae: Trained) -> None:
