@@ -13,11 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from lancet.atlas import shards
+from lancet.atlas import activations, shards
 from lancet.atlas.corpus import Bad, documents, sources
 from lancet.errors import DamagedError, MissingError, UsageError
+from lancet.evaluation.texts import chunks
 from lancet.model import Model
+from lancet.site import Site
+from lancet.training.text import prepare
 
 
 def read(*given: str | Path, column: str = "text", bad: Bad | None = None) -> list[str]:
@@ -185,6 +189,39 @@ def test_prepare(model: Model, tmp_path: Path) -> None:
     assert {h for i in range(len(turned.shards)) for h in turned.load(i).hash.tolist()} == set(hashes)
     cut = shards.prepare(model, texts, tmp_path / "c", length=24, tokens=101, size=60)
     assert cut.tokens == 101
+
+
+def test_a_chat_is_read_with_its_own_start(smollm2_f32: Model, tmp_path: Path) -> None:
+    """What a corpus is read with, by harvests, training and evaluation, is what `Lab.read` reads the same text with."""
+    model, length = smollm2_f32, 40
+    assert model.start_chat not in (None, model.start_plain)
+    turns = [{"role": "user", "content": "Name a bridge, and say in which city it stands and who built it."}]
+    chat = str(model.tokenizer.apply_chat_template(turns, tokenize=False))
+    texts = [chat, "A plain text."]
+    found = shards.prepare(model, texts, tmp_path / "shards", length=length)
+    shard = found.load(0)
+    whole = [list(model.tokenize(text).ids) for text in texts]
+    assert len(whole[0]) > length and shard.start.tolist() == [model.start_chat, *[model.start_plain] * 2]
+    assert [int(shard.start[0]), *shard.ids[0]] == whole[0][:length]
+    assert shard.ids[1].tolist() == whole[0][length:] and [int(shard.start[2]), *shard.ids[2]] == whole[1]
+    assert "".join(shard.text[:2]) == chat.removeprefix("<|im_start|>")
+
+    site = Site.parse("blocks.2.hook_resid_pre")
+    got = torch.zeros(found.tokens, model.d_model)
+    for read in activations.read_pieces(model, [site], shard.ids, shard.start):
+        got[read.token] = read.values[site][read.keep]
+    alone = [model.values(model.batch([row]), [site])[site][0, 1:] for row in (whole[0][:length], whole[1])]
+    torch.testing.assert_close(got[: length - 1], alone[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[-len(alone[1]) :], alone[1], rtol=1e-4, atol=1e-4)
+
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    text = prepare(model, sources([file]), "text", tmp_path / "text", length, None, Bad(), lambda tokens: None)
+    ids, start = text.pieces(np.array([0, 2]))
+    assert start.tolist() == shard.start[[0, 2]].tolist()
+    assert [each.tolist() for each in ids] == [shard.ids[0].tolist(), shard.ids[2].tolist()]
+    (rows,) = chunks(model, texts, 1000)
+    assert rows == whole
 
 
 def test_an_empty_corpus(model: Model, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_two_workers_of_which_one_dies(
     tiny_gpt2: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SHARD", SHARD)
-    model, corpus = tiny_gpt2(), written(tmp_path / "c.jsonl", texts())
+    model, corpus = tiny_gpt2(), written(tmp_path / "c.jsonl", texts(100))  # groups are left when one dies
     monkeypatch.setattr(ray_engine, "GROUP", 1)
     harvest(lab_of(model), corpus, tmp_path / "one", length=LENGTH, lenses=False)
     told = Say()

@@ -28,7 +28,7 @@ def active(model: Model, saes: Sequence[Sae], shard: Shard) -> list[Active]:
     Raises:
         LancetError: an activation is not finite.
     """
-    found = entries(model, saes, shard.ids)
+    found = entries(model, saes, shard.ids, shard.start)
     return [Active.of(*each, sae.d_sae, shard.layout) for each, sae in zip(found, saes, strict=True)]
 
 
@@ -49,35 +49,38 @@ class Pass:
     token: Tensor
 
 
-def read_pieces(model: Model, sites: Sequence[Site], ids: Sequence[Array]) -> Iterator[Pass]:
+def read_pieces(model: Model, sites: Sequence[Site], ids: Sequence[Array], start: Array) -> Iterator[Pass]:
     """Pieces through the model as far as the deepest of some sites; pieces of like length share a pass.
 
     The shapes of the passes depend on the pieces alone, so that the same pieces give the same numbers.
 
     Args:
         ids: of each piece [tokens] token ids without the start token, at least one.
+        start: [pieces] the ids of their start tokens, -1 where there are none.
     """
     import torch
 
-    start = model.start_plain
-    rows = [piece.tolist() if start is None else [start, *piece.tolist()] for piece in ids]
+    starts = model.start_plain is not None
+    rows = [
+        [int(first), *piece.tolist()] if starts else piece.tolist() for first, piece in zip(start, ids, strict=True)
+    ]
     lengths = np.array([len(piece) for piece in ids])
     begin = torch.from_numpy(lengths.cumsum() - lengths)  # each piece's first token among all
     for group in passes.alike(rows):
         batch = model.batch([rows[i] for i in group])
         keep = batch.mask.clone()
-        if start is not None:
+        if starts:
             keep[:, 0] = False
         values = model.values(batch, sites)
         row, column = (index.cpu() for index in keep.nonzero(as_tuple=True))
-        yield Pass(values, keep, row, begin[torch.tensor(group)[row]] + column - int(start is not None))
+        yield Pass(values, keep, row, begin[torch.tensor(group)[row]] + column - int(starts))
 
 
-def entries(model: Model, saes: Sequence[Sae], ids: Sequence[Array]) -> list[tuple[Array, Array, Array]]:
+def entries(model: Model, saes: Sequence[Sae], ids: Sequence[Array], start: Array) -> list[tuple[Array, Array, Array]]:
     """What fires in some pieces, of each SAE; the start token is left out.
 
     Args:
-        ids: of each piece [tokens] token ids without the start token, at least one.
+        ids, start: as of `read_pieces`.
 
     Returns:
         for each SAE (token, feature, value), each [nnz], in no order: tokens are counted from the first of the first
@@ -96,7 +99,7 @@ def entries(model: Model, saes: Sequence[Sae], ids: Sequence[Array]) -> list[tup
             found[which].append(saes[which].features(values))
             token[which].append(at)
 
-    for read in read_pieces(model, [sae.site for sae in saes], ids):
+    for read in read_pieces(model, [sae.site for sae in saes], ids, start):
         for which, sae in enumerate(saes):
             value = read.values[sae.site]
             if sae.kind.contextual:  # text by text, with what stands before each token

@@ -54,13 +54,14 @@ class Chunk:
 
     Attributes:
         document: [pieces] int32, from 0.
-        ids, ends, text: of each piece, as `shards.cut` makes them; a document without tokens has one empty piece.
+        ids, ends, text, start: of each piece, as of `shards.Piece`; a document without tokens has one empty piece.
     """
 
     document: Array
     ids: list[Array]
     ends: list[Array]
     text: list[str]
+    start: Array
 
     @cached_property
     def lengths(self) -> Array:
@@ -73,6 +74,7 @@ class Chunk:
         digest = blake2b(self.document.tobytes() + self.lengths.tobytes(), digest_size=8)
         for ids in self.ids:
             digest.update(ids.tobytes())
+        digest.update(self.start.tobytes())
         return digest.hexdigest()
 
 
@@ -89,37 +91,38 @@ def chunks(model: Model, documents: Iterable[str], length: int, tokens: int | No
         length: tokens of a piece at most, its start token counted.
         tokens: after so many reading ends, in the middle of a document if need be.
     """
-    rows: list[tuple[int, Array, Array, str]] = []
+    rows: list[tuple[int, shards.Piece]] = []
     held, left = 0, tokens
 
     def made() -> Chunk:
-        document, ids, ends, text = (list(column) for column in zip(*rows, strict=True))
+        document = np.array([number for number, _ in rows], np.int32)
+        ids, ends, text, start = (list(column) for column in zip(*(piece for _, piece in rows), strict=True))
         rows.clear()
-        return Chunk(np.array(document, np.int32), ids, ends, text)
+        return Chunk(document, ids, ends, text, np.array(start, np.int32))
 
-    for row in _pieces(model, documents, length):
-        if left is not None and len(row[1]) > left:
-            row = (row[0], row[1][:left], row[2][:left], row[3])
-        if rows and held + len(row[1]) > CHUNK:
+    for number, piece in _pieces(model, documents, length):
+        if left is not None and len(piece.ids) > left:
+            piece = piece._replace(ids=piece.ids[:left], ends=piece.ends[:left])
+        if rows and held + len(piece.ids) > CHUNK:
             yield made()
             held = 0
-        rows.append(row)
-        held += len(row[1])
+        rows.append((number, piece))
+        held += len(piece.ids)
         if left is not None:
-            left -= len(row[1])
+            left -= len(piece.ids)
             if left == 0:
                 break
     if rows:
         yield made()
 
 
-def _pieces(model: Model, documents: Iterable[str], length: int) -> Iterator[tuple[int, Array, Array, str]]:
+def _pieces(model: Model, documents: Iterable[str], length: int) -> Iterator[tuple[int, shards.Piece]]:
     number = 0
-    nothing = np.zeros(0, np.int32)
+    nothing = shards.Piece(np.zeros(0, np.int32), np.zeros(0, np.int32), "", -1)
     for texts in shards.groups(documents):
         for pieces in shards.cut(model, texts, length):
-            for piece in pieces or [(nothing, nothing, "")]:
-                yield number, *piece
+            for piece in pieces or [nothing]:
+                yield number, piece
             number += 1
 
 
@@ -132,10 +135,11 @@ def matrix(model: Model, sae: Sae, chunk: Chunk) -> Any:
     from scipy.sparse import coo_matrix, csr_matrix
 
     shape = (int(chunk.lengths.sum()), sae.d_sae)
-    ids = [each for each in chunk.ids if len(each)]
+    some = np.flatnonzero(chunk.lengths)
+    ids = [chunk.ids[i] for i in some]
     if not ids:
         return csr_matrix(shape, dtype=np.float32)
-    token, feature, value = entries(model, [sae], ids)[0]
+    token, feature, value = entries(model, [sae], ids, chunk.start[some])[0]
     check_finite(value)
     found = coo_matrix((value, (token, feature)), shape).tocsr()
     found.sort_indices()

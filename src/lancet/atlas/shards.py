@@ -1,7 +1,8 @@
 """A corpus as shards: documents cut into pieces of tokens once, in files that the model is run over.
 
-A **piece** is a stretch of one document, read with its own start token; a **shard** is a run of whole pieces. Shards
-hold the pieces' text too, so that what examples show needs neither the corpus nor the tokenizer again.
+A **piece** is a stretch of one document, read with a start token of its own: the one that its document brings (that of
+a chat), else that of plain text. A **shard** is a run of whole pieces. Shards hold the pieces' text too, so that what
+examples show needs neither the corpus nor the tokenizer again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,22 @@ STRETCH = 100_000  # characters of a document tokenised at once
 PREPARED = "prepared.json"
 
 
+class Piece(NamedTuple):
+    """A piece.
+
+    Attributes:
+        ids: [tokens] int32, without the start token.
+        ends: [tokens] int32: where each token ends in the piece's text, in characters.
+        text: behind the start token.
+        start: the id of its start token, -1 where the model's texts have none.
+    """
+
+    ids: Array
+    ends: Array
+    text: str
+    start: int
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """Some pieces.
@@ -43,6 +60,7 @@ class Shard:
         ids: [pieces] lists of token ids, without the start token.
         ends: [pieces] lists: where each token ends in the piece's text, in characters.
         text: [pieces].
+        start: [pieces] int32, the id of the start token, -1 where there is none.
     """
 
     number: Array
@@ -51,6 +69,7 @@ class Shard:
     ids: list[Array]
     ends: list[Array]
     text: list[str]
+    start: Array
 
     @cached_property
     def layout(self) -> Layout:
@@ -84,8 +103,8 @@ class Shard:
             for name in ("ids", "ends")
         }
         number = np.arange(first, first + len(table), dtype=np.int32)
-        hash_, document = (columns[name].to_numpy() for name in ("hash", "document"))
-        return cls(number, hash_, document, lists["ids"], lists["ends"], columns["text"].to_pylist())
+        hash_, document, start = (columns[name].to_numpy() for name in ("hash", "document", "start"))
+        return cls(number, hash_, document, lists["ids"], lists["ends"], columns["text"].to_pylist(), start)
 
     def save(self, path: Path) -> None:
         """Writes it, whole or not at all."""
@@ -99,6 +118,7 @@ class Shard:
                 "ids": pyarrow.array(self.ids, pyarrow.list_(pyarrow.int32())),
                 "ends": pyarrow.array(self.ends, pyarrow.list_(pyarrow.int32())),
                 "text": pyarrow.array(self.text, pyarrow.string()),
+                "start": pyarrow.array(self.start),
             }
         )
         with whole_file(path) as temporary, temporary.open("wb") as file:
@@ -216,8 +236,9 @@ def prepare(
 
     def flush() -> None:
         number = np.arange(out.pieces, out.pieces + len(rows), dtype=np.int32)
-        hash_, document, ids, ends, text = (list(column) for column in zip(*rows, strict=True))
-        shard = Shard(number, np.array(hash_, np.uint64), np.array(document, np.uint64), ids, ends, text)
+        hash_, document, ids, ends, text, start = (list(column) for column in zip(*rows, strict=True))
+        names = np.array(hash_, np.uint64), np.array(document, np.uint64)
+        shard = Shard(number, *names, ids, ends, text, np.array(start, np.int32))
         shard.save(out.path(len(out.shards)))
         out.shards.append((held, len(rows)))
         rows.clear()
@@ -262,16 +283,16 @@ class _Fingerprint:
 
 
 def _shortened(row: tuple[Any, ...], most: int) -> tuple[Any, ...]:
-    hash_, document, ids, ends, text = row
+    hash_, document, ids, ends, text, start = row
     if len(ids) <= most:
         return row
-    return hash_, document, ids[:most], ends[:most], text[: int(ends[most - 1])]
+    return hash_, document, ids[:most], ends[:most], text[: int(ends[most - 1])], start
 
 
 def _pieces(
     model: Texts, documents: Iterable[str], length: int, out: Prepared, state: _Fingerprint
 ) -> Iterator[tuple[Any, ...]]:
-    """(hash, document's hash, ids, ends, text) of each piece."""
+    """(hash, document's hash, ids, ends, text, start) of each piece."""
     seen = Seen()
     for texts in groups(documents):
         digests = [blake2b(text.encode(), digest_size=8) for text in texts]
@@ -288,27 +309,26 @@ def _pieces(
                 yield int.from_bytes(digest.digest(), "little"), int(hashes[i]), *piece
 
 
-def cut(model: Texts, texts: Sequence[str], length: int) -> Iterator[list[tuple[Array, Array, str]]]:
+def cut(model: Texts, texts: Sequence[str], length: int) -> Iterator[list[Piece]]:
     """The pieces of each text; a text without tokens has none.
 
     Args:
         length: tokens of a piece at most, its start token counted.
 
-    Yields:
-        for each text [(ids, ends, text)]: token ids without the start token, where each token ends in the piece's own
-        text (in characters), and that text.
     """
+    plain = -1 if model.start_plain is None else model.start_plain
     content = length - (model.start_plain is not None)
     stretches = [_stretches(text) for text in texts]
     encoded = iter(_encoded(model, [stretch for parts in stretches for stretch in parts]))
     for parts in stretches:
         pieces = []
         for text in parts:
-            ids, ends, opening = next(encoded)
+            ids, ends, start, opening = next(encoded)
             for first in range(0, len(ids), content):
                 begin = int(ends[first - 1]) if first else opening
                 own = ends[first : first + content]
-                pieces.append((ids[first : first + content], own - begin, text[begin : int(own[-1])]))
+                told = text[begin : int(own[-1])], plain if first else start
+                pieces.append(Piece(ids[first : first + content], own - begin, *told))
         yield pieces
 
 
@@ -337,15 +357,17 @@ def _stretches(text: str) -> list[str]:
     return [*parts, text]
 
 
-def _encoded(model: Texts, texts: list[str]) -> Iterator[tuple[Array, Array, int]]:
-    """Ids of each text, without a start token, where each token ends, and where the first begins (behind a start token
-    that the text brings itself); a character belongs to its first token."""
+def _encoded(model: Texts, texts: list[str]) -> Iterator[tuple[Array, Array, int, int]]:
+    """Ids of each text, without a start token, where each token ends, the start token, and where the first other one
+    begins (behind a start token that the text brings itself, as in `Texts.tokenize`); a character belongs to its first
+    token."""
     if not texts:
         return
+    plain = model.start_plain
     found = model.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for ids, spans in zip(found["input_ids"], found["offset_mapping"], strict=True):
         ids_, ends = np.array(ids, np.int32), np.array([end for _, end in spans], np.int32)
-        begin = 0
-        if model.start_plain is not None and len(ids_) and ids_[0] == model.start_plain:  # the text brings its own
-            begin, ids_, ends = int(ends[0]), ids_[1:], ends[1:]
-        yield ids_, np.maximum.accumulate(ends) if len(ends) else ends, begin
+        start, begin = -1 if plain is None else plain, 0
+        if plain is not None and ids[:1] in ([plain], [model.start_chat]):
+            start, begin, ids_, ends = int(ids[0]), int(ends[0]), ids_[1:], ends[1:]
+        yield ids_, np.maximum.accumulate(ends) if len(ends) else ends, start, begin

@@ -53,14 +53,13 @@ def chunks(model: Model, texts: Iterable[str], most: int) -> Iterator[list[list[
     Raises:
         UsageError: there is no text.
     """
-    start = [] if model.start_plain is None else [model.start_plain]
     held: list[list[int]] = []
     waiting, left = 0, most
-    for row in _rows(model, texts):
-        row = row[:left]
+    for piece in _pieces(model, texts):
+        row = piece.ids[:left].tolist()
         left -= len(row)
         waiting += len(row)
-        held.append([*start, *row])
+        held.append(row if piece.start < 0 else [piece.start, *row])
         if waiting >= CHUNK or not left:
             yield held
             held, waiting = [], 0
@@ -72,7 +71,7 @@ def chunks(model: Model, texts: Iterable[str], most: int) -> Iterator[list[list[
         raise UsageError("there is no text to score on; give other files, or leave --text out for the bundled text")
 
 
-def _rows(model: Model, texts: Iterable[str]) -> Iterator[list[int]]:
+def _pieces(model: Model, texts: Iterable[str]) -> Iterator[shards.Piece]:
     for group in shards.groups(texts):
         for pieces in shards.cut(model, group, min(LENGTH, model.context)):
-            yield from (ids.tolist() for ids, _, _ in pieces)
+            yield from pieces

@@ -146,7 +146,7 @@ class Blocks:
     def _computed(self, which: int, told: Callable[[int, int], None]) -> dict[Site, Tensor]:
         import torch
 
-        ids = self.text.pieces(self._parts[which])
+        ids, start = self.text.pieces(self._parts[which])
         n = sum(map(len, ids))
         dtype = self.model.dtype if self.folder is None else torch.bfloat16
         out = {
@@ -154,7 +154,7 @@ class Blocks:
         }
         done = 0
         told(0, n)
-        for read in read_pieces(self.model, self.sites, ids):
+        for read in read_pieces(self.model, self.sites, ids, start):
             token = read.token.to(self.model.device)
             for site in self.sites:
                 out[site][token] = read.values[site][read.keep].to(out[site])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-IDS, LENGTHS, ABOUT = "ids.int32", "lengths.int32", "corpus.json"
+IDS, LENGTHS, STARTS, ABOUT = "ids.int32", "lengths.int32", "starts.int32", "corpus.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,13 @@ class Text:
         folder: of the files.
         about: what the corpus was: fingerprint, documents, repeats, bad_lines, tokens, pieces.
         lengths: [pieces] tokens of each, the start token left out.
+        starts: [pieces] the id of each one's start token, -1 where there is none.
     """
 
     folder: Path
     about: dict[str, Any]
     lengths: Array = field(repr=False)
+    starts: Array = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> Text | None:
@@ -49,11 +51,12 @@ class Text:
         if not (folder / ABOUT).is_file():
             return None
         about = read_json(folder / ABOUT)
-        lengths = np.fromfile(folder / LENGTHS, np.int32)
+        lengths, starts = (np.fromfile(folder / name, np.int32) for name in (LENGTHS, STARTS))
         size = (folder / IDS).stat().st_size
-        if len(lengths) != about["pieces"] or size != 4 * about["tokens"] or lengths.sum() != about["tokens"]:
+        is_whole = len(lengths) == len(starts) == about["pieces"]
+        if not is_whole or size != 4 * about["tokens"] or lengths.sum() != about["tokens"]:
             raise DamagedError(f"the prepared corpus in {folder} is damaged; delete {folder} and begin again")
-        return cls(folder, about, lengths)
+        return cls(folder, about, lengths, starts)
 
     @property
     def tokens(self) -> int:
@@ -67,9 +70,10 @@ class Text:
     def _first(self) -> Array:
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
-    def pieces(self, which: Array) -> list[Array]:
-        """Token ids of some pieces, without start tokens."""
-        return [np.array(self._ids[f : f + n]) for f, n in zip(self._first[which], self.lengths[which], strict=True)]
+    def pieces(self, which: Array) -> tuple[list[Array], Array]:
+        """Token ids of some pieces, without start tokens, and their start tokens."""
+        spans = zip(self._first[which], self.lengths[which], strict=True)
+        return [np.array(self._ids[first : first + n]) for first, n in spans], self.starts[which]
 
 
 def prepare(
@@ -100,13 +104,16 @@ def prepare(
         model, documents(found, column, bad), place, length, tokens, bad=bad, told=told
     )
     lengths: list[int] = []
+    starts: list[Array] = []
     with whole_file(folder / IDS) as ids, ids.open("wb") as file:
         for index in range(len(prepared.shards)):
-            pieces = prepared.load(index).ids
-            file.write(np.concatenate(pieces).astype(np.int32).tobytes())
-            lengths += map(len, pieces)
-    with whole_file(folder / LENGTHS) as temporary:
-        temporary.write_bytes(np.array(lengths, np.int32).tobytes())
+            shard = prepared.load(index)
+            file.write(np.concatenate(shard.ids).astype(np.int32).tobytes())
+            lengths += map(len, shard.ids)
+            starts.append(shard.start)
+    for name, numbers in ((LENGTHS, np.array(lengths, np.int32)), (STARTS, np.concatenate(starts))):
+        with whole_file(folder / name) as temporary:
+            temporary.write_bytes(numbers.tobytes())
     write_json(folder / ABOUT, prepared.to_json())
     shutil.rmtree(place)
     opened = Text.open(folder)
