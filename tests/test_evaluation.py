@@ -153,7 +153,11 @@ def test_massive_tokens_are_left_out_of_explained_variance(
     assert got.explained_variance == pytest.approx(left_out, rel=1e-4)
     assert got.explained_all == pytest.approx(want["explained"], rel=1e-4)
     assert got.l0 == pytest.approx(want["l0"]) and got.cosine == pytest.approx(want["cosine"], rel=1e-4)
-    assert any(f"{got.massive} of {got.tokens} tokens" in note for note in found.notes)
+    told = f"{got.massive} of {got.tokens} tokens at {site} have a norm over 1.1 times the median"
+    assert [note for note in found.notes if told in note and f"with them it is {got.explained_all:.3f}" in note]
+    several = evaluate(tiny, {"a": sae, "b": sae}, [file], concepts=False)
+    (note,) = [note for note in several.notes if told in note]
+    assert note.endswith(f"{got.explained_all:.3f} (a), {got.explained_all:.3f} (b)")
 
 
 def test_several_saes_share_a_pass_and_score_as_alone(tiny: Model, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

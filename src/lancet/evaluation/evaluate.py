@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ def evaluate(
         notes.append(
             f"dead: never firing on {read:,} tokens; rare features need {ENOUGH:,} or more to be told from dead"
         )
-    notes += [_massive(each) for each in found if each.massive]
+    notes += _massive(found)
     notes += [_blank(each) for each in found if each.recovered is None]
     notes += [line for line in str(bad).splitlines() if line] if bad else []
     return Evaluation(model.name, source, read, found, tuple(notes))
@@ -138,11 +138,18 @@ def _benches(model: Model, saes: Sequence[Sae], say: Callable[[str], None]) -> l
     return [concepts.score(sae, i, train, heldout, known[sae.site]) for i, sae in enumerate(saes)]
 
 
-def _massive(scores: Scores) -> str:
-    return (
-        f"{scores.name}: {scores.massive:,} of {scores.tokens:,} tokens, whose norm is over {massive.TIMES} times the "
-        f"median, are left out of explained variance; with them it is {scores.explained_all:.3f}"
-    )
+def _massive(found: Sequence[Scores]) -> Iterator[str]:
+    """What explained variance leaves out, once for all SAEs of a site."""
+    by_site: dict[str, list[Scores]] = {}
+    for each in found:
+        by_site.setdefault(each.writes, []).append(each)
+    for site, here in by_site.items():
+        if count := here[0].massive:
+            each = ", ".join(f"{s.explained_all:.3f}" + f" ({s.name})" * (len(here) > 1) for s in here)
+            yield (
+                f"{count:,} of {here[0].tokens:,} tokens at {site} have a norm over {massive.TIMES} times the median "
+                f"and are left out of explained variance; with them it is {each}"
+            )
 
 
 def _blank(scores: Scores) -> str:
