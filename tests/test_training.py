@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from killing import exit_code
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lancet
 from lancet import files, massive
@@ -194,6 +194,23 @@ def test_massive_activations_are_left_out(
     assert norm == pytest.approx(float(norms[kept].mean()), rel=1e-5)
     (folder,) = train(model, corpus, CONFIG, tmp_path / "sae")
     assert record(folder)["massive"] > 0
+
+
+def test_a_weak_one_opens_on_the_model_it_was_trained_on(model: Model, corpus: Path, tmp_path: Path) -> None:
+    """The self-test takes an SAE that explains next to nothing for another model's; the record knows better, as long as
+    weights and model are those it is about."""
+    (folder,) = train(
+        model, corpus, TrainConfig(sites=SITES[0], features="64", k=1, tokens=128, batch=64), tmp_path / "a"
+    )
+    opened = lancet.open(model.name, str(folder), dtype="float32", device="cpu")
+    assert opened.saes[0].trained_on == record(folder)["model"]["fingerprint"]
+    weights = load_file(folder / "sae_weights.safetensors")
+    save_file(weights | {"b_dec": weights["b_dec"] + 1}, folder / "sae_weights.safetensors")
+    with pytest.raises(MismatchError, match="fails its self-test"):
+        lancet.open(model.name, str(folder), dtype="float32", device="cpu")
+    (folder / "training.json").write_text("[]")
+    with pytest.raises(MismatchError, match="fails its self-test"):
+        lancet.open(model.name, str(folder), dtype="float32", device="cpu")
 
 
 # ---- what is made ----------------------------------------------------------------------------------------------------
@@ -512,6 +529,7 @@ def test_a_file_of_settings(tmp_path: Path) -> None:
         ({"lr": "fast"}, "--lr: must be a number, got 'fast'"),
         ({"lr": 0}, "--lr must be above 0"),
         ({"lr": True}, "--lr: must be a number"),
+        ({"k": "16,32"}, "--k: must be a number, got '16,32'; several are given one by one, the option before each"),
         ({"decay": 0.99}, "shares of the steps, together at most 1"),
         ({"widths": (64, 32)}, "--widths must rise"),
         ({"widths": (96,)}, "--widths must rise and lie below"),

@@ -16,6 +16,7 @@ from lancet.hub import Progress, Say
 
 PREFIX = "hf://"
 CONFIG, WEIGHTS, FACTS = "cfg.json", "sae_weights.safetensors", "facts.safetensors"
+RECORD = "training.json"  # of an SAE that `lancet train` made
 
 
 @dataclass(frozen=True)

@@ -732,7 +732,8 @@ def open_lab(
 ) -> Lab:
     """Opens a model and its SAEs, and refuses a pair that does not belong together.
 
-    Each pair is tested once, at its first opening (`check.first`); those that ship with the package were tested before.
+    Each pair is tested once, at its first opening (`check.first`), but for those that ship with the package and for an
+    SAE that was trained here on this very model: it may be a weak one, and is no other model's.
 
     Args:
         model: a name (`smollm2`, `gpt2-small`), owner/name on the hub, or a folder in transformers' layout.
@@ -775,6 +776,7 @@ def open_parts(
 
     Args and raises: see `open_lab`.
     """
+    from lancet import fingerprint
     from lancet.loading import bundled, open_model, open_sae
     from lancet.units import size
 
@@ -791,6 +793,7 @@ def open_parts(
 
         ours = bundled(opened.name).values()
         for chosen, facts in pairs:
-            if facts is None or facts.parent not in ours:  # facts may have been copied with the folder
+            is_ours = facts is not None and facts.parent in ours  # facts may have been copied with the folder
+            if not is_ours and chosen.trained_on != fingerprint.of_model(opened):
                 check.first(opened, chosen, say).refuse()
     return opened, pairs

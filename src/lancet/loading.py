@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lancet import addressed, catalogue, embedded, hub, names, pairing, precision, published
+from lancet import addressed, catalogue, embedded, fingerprint, hub, names, pairing, precision, published
 from lancet.catalogue import Entry
-from lancet.errors import DamagedError, MissingError, UnknownName, UsageError
+from lancet.errors import DamagedError, LancetError, MissingError, UnknownName, UsageError
 from lancet.files import PICKLE_SUFFIXES, check_safetensors, read_json
 from lancet.site import Site
 
@@ -184,11 +184,22 @@ def open_sae(
     sae.name = address or sae.name
     sae.stated = {name: float(value) for name, value in stated.items() if isinstance(value, (int, float)) and value}
     sae.page = about.page
+    sae.trained_on = _trained_on(folder, sae) if basis is None else None
     pairing.check_model(model, sae, about, anyway)
     sae = pairing.in_its_basis(model, sae, about, basis)
     sae = sae.place(model.device, share_of(model.device) if memory is None else memory)
     shipped = folder / "facts.safetensors"
     return sae, shipped if shipped.is_file() else None
+
+
+def _trained_on(folder: Path, sae: Sae) -> str | None:
+    """The fingerprint of the model in the record of the training that made these weights."""
+    try:
+        record = read_json(folder / addressed.RECORD) if (folder / addressed.RECORD).is_file() else {}
+        model = str(record["model"]["fingerprint"])
+        return model if record["fingerprint"] == fingerprint.of_sae(sae) else None
+    except (LancetError, KeyError, TypeError):  # another's file of that name, or a damaged one
+        return None
 
 
 def _sae_folder(model: Model, name: str | None, say: Say) -> Path:

@@ -89,6 +89,8 @@ class Weights:
         centred: whether it was trained on values less their mean over the vector (writing weights centred).
         centred_out: the same of the value that a transcoder writes.
         page: the address of its public page, None where it has none; a feature's own is `page`/index.
+        trained_on: the fingerprint of the model that `lancet train` trained these very weights on, None where no record
+            tells.
         stated: what its release states: "l0", "explained"; what is not stated is not in it.
 
     Raises:
@@ -121,6 +123,7 @@ class Weights:
     centred: bool = False
     centred_out: bool = False
     page: str | None = None
+    trained_on: str | None = None
     stated: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

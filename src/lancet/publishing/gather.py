@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lancet import fingerprint, names
-from lancet.addressed import CONFIG, FACTS, WEIGHTS, check_repo
+from lancet.addressed import CONFIG, FACTS, RECORD, WEIGHTS, check_repo
 from lancet.errors import DamagedError, MismatchError, UsageError
 from lancet.files import check_safetensors, read_json
 from lancet.publishing.private import without_paths
 from lancet.site import Site
 from lancet.training.config import Spec, told_apart
-from lancet.training.finish import RECORD
 from lancet.training.progress import CSV
 
 if TYPE_CHECKING:

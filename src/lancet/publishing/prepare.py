@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lancet.addressed import CONFIG, check_repo
+from lancet.addressed import CONFIG, RECORD, check_repo
 from lancet.errors import UsageError
 from lancet.files import sha256, whole_folder, write_json
 from lancet.publishing.card import card
 from lancet.publishing.gather import TAKEN, Trained, gather
 from lancet.publishing.private import refuse_paths
 from lancet.publishing.scored import read
-from lancet.training.finish import RECORD
 
 CARD = "README.md"
 INSIDE = "hub"  # the folder that is made in the SAEs' own unless another is named

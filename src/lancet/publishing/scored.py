@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lancet import names
+from lancet.addressed import RECORD
 from lancet.errors import DamagedError, MismatchError, UsageError
 from lancet.files import read_json
 from lancet.publishing.gather import Trained
 from lancet.publishing.private import without_paths
-from lancet.training.finish import RECORD
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,13 @@ IDLE = ("memory", "log", "checkpoint")  # fields that change no weight: a resume
 
 def _several(one: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     def read(value: Any) -> tuple[Any, ...]:
-        return tuple(one(each) for each in (value if isinstance(value, (list, tuple)) else (value,)))
+        given = value if isinstance(value, (list, tuple)) else (value,)
+        try:
+            return tuple(one(each) for each in given)
+        except UsageError as error:
+            if not any(isinstance(each, str) and "," in each for each in given):
+                raise
+            raise UsageError(f"{error}; several are given one by one, the option before each") from error
 
     return read
 

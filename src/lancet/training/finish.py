@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lancet import fingerprint
+from lancet.addressed import RECORD
 from lancet.files import explained, read_json, whole_folder, write_json
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from lancet.training.trainer import Learner
 
 VERSION = 1
-RECORD = "training.json"
 
 
 def is_finished(folder: Path) -> bool:
@@ -43,6 +44,7 @@ def write(
     Returns:
         L0 and explained variance as it is saved, and over how many tokens.
     """
+    from lancet.loading import sae_from_folder
     from lancet.training.trainer import measured
 
     site = str(learner.spec.site)
@@ -56,6 +58,7 @@ def write(
         beside.rmdir()
     own = {
         "lancet_training": VERSION,
+        "fingerprint": fingerprint.of_sae(sae_from_folder(folder)),
         "sae": asdict(learner.spec) | {"site": site},
         "steps": learner.step_number,
         "tokens": learner.trainer.n_training_samples,
