@@ -159,7 +159,9 @@ class Left:
 
     @property
     def share(self) -> float:
-        """Of the variance over all texts."""
+        """Of the variance over all texts; NaN where there is no token."""
+        if not self.tokens:
+            return math.nan
         assert self.total is not None
         variance = self.squares - float(self.total.pow(2).sum()) / self.tokens
         return sum(self.errors) / max(1e-12, variance)
